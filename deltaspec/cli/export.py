@@ -1,0 +1,29 @@
+"""``deltaspec export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path())
+@click.option("--format", "kind", type=click.Choice(["csv", "json", "parquet"]), default="csv", show_default=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; stdout by default.")
+def export(run: str, kind: str, out: Path | None) -> None:
+    """Write the records of RUN, one row for each matrix."""
+    from deltaspec.errors import RunError
+    from deltaspec.store.record import write_atomically
+    from deltaspec.store.run import Run
+    from deltaspec.workflows.export import FORMATS
+
+    content = FORMATS[kind](Run.load(run))
+    if out is None:
+        click.echo(content, nl=False)
+        return
+    try:
+        write_atomically(out, content)
+    except OSError as cause:
+        message = f"{out} cannot be written ({cause.strerror}): pass another file with -o."
+        raise RunError(message) from cause

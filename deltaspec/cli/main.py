@@ -1,0 +1,66 @@
+"""The entry point: command name → file and one-line help; a command is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from deltaspec.errors import DeltaspecError
+
+COMMANDS = {
+    "analyze": "Decompose what fine-tuning changed, matrix by matrix, into a run directory.",
+    "show": "Print a run's table again: by role, by depth or by matrix.",
+    "export": "Write a run's records as CSV, JSON or Parquet.",
+    "plot": "Draw a run's figures.",
+}
+
+
+class UserMistake(click.ClickException):
+    """One sentence on stderr, exit code 2."""
+
+    exit_code = 2
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in reading order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command's file."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"deltaspec.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List names and help from COMMANDS."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Turn a user's mistake into one sentence on stderr and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except DeltaspecError as error:
+            raise UserMistake(" ".join([str(error), *getattr(error, "__notes__", ())])) from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="deltaspec")
+def cli() -> None:
+    """Say what fine-tuning changed: singular-value spectra of weight deltas."""
+
+
+def main() -> None:
+    """Run the command line; a reader that closes the pipe early ends it quietly."""
+    try:
+        cli()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

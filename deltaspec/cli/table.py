@@ -1,0 +1,103 @@
+"""Plain-text tables for stdout: the same on a terminal and in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltaspec.pairing.plan import Plan
+    from deltaspec.store.run import Run
+
+HEADS = {
+    "relative_norm": "‖ΔW‖/‖W‖",
+    "effective_rank": "eff. rank",
+    "effective_rank_ratio": "of noise",
+    "rank_90": "rank 90%",
+    "rank_90_ratio": "of noise",
+    "stable_rank": "stable",
+    "rank_above_rounding": "> rounding",
+    "rank_above_noise": "> noise",
+}
+SHARES = {"effective_rank_ratio", "rank_90_ratio"}
+LEGEND = """Medians over matrices. eff. rank: exp of the entropy of σ/Σσ; rank 90%: directions that keep 90 % of ‖ΔW‖²;
+of noise: the same for pure noise of the shape; > rounding: σ above what storage rounding explains; > noise: σ above
+dense noise of unknown size."""
+UNRESOLVED = (
+    "* storage rounding explains part of what is seen (number of matrices): read '> rounding' there, not the ranks."
+)
+
+
+def printable(text: str) -> str:
+    """Escape control characters: tensor names are untrusted, and a terminal obeys them."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def cell(name: str, value: Any) -> str:
+    """Render one value: shares as percent, norms in three digits, ranks as numbers of directions."""
+    if value is None:
+        return "-"
+    if name in SHARES:
+        return f"{100 * value:.0f}%"
+    if name == "relative_norm":
+        return f"{value:.3g}"
+    if isinstance(value, float):
+        return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Lay rows out in columns: text to the left, numbers to the right; columns that say nothing are left out."""
+    if not rows:
+        return ""
+    names = [n for n in rows[0] if n != "unresolved" and any(row[n] not in ("", None) for row in rows)]
+    if "spectrum_of" in names and {row["spectrum_of"] for row in rows} == {"delta"}:
+        names.remove("spectrum_of")
+    lines = [[HEADS.get(name, name) for name in names]]
+    lines += [[cell(name, row[name]) for name in names] for row in rows]
+    marks = ["", *(f" *{row['unresolved']}" if row.get("unresolved") else "" for row in rows)]
+    left = [all(isinstance(row[name], str | None) for row in rows) for name in names]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(w) if is_left else text.rjust(w) for text, w, is_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        + mark
+        for line, mark in zip(lines, marks, strict=True)
+    )
+
+
+def render_plan(plan: Plan) -> str:
+    """Render what would be compared, and what would not."""
+    from deltaspec.workflows.report import plan_rows
+
+    left_out = [f"Left out: {row['tensor']} ({row['reason']})." for row in plan.skipped]
+    return printable("\n".join([table(plan_rows(plan)), *left_out, *(f"Note: {note}." for note in plan.notes)]))
+
+
+def render(run: Run, view: str = "role") -> str:
+    """Render a run's table by role, depth or matrix, then what was left out and what failed."""
+    from deltaspec.workflows.summary import VIEWS, skipped_by_reason, vectors_by_role
+
+    rows = VIEWS[view](run.records)
+    parts = [table(rows)] if rows else ["No matrix has a result."]
+    if view == "role":
+        by_depth = VIEWS["depth"](run.records)
+        parts += [table(by_depth)] if by_depth else []
+        parts += [table(vectors_by_role(run))] if run.vectors else []
+    parts.append(LEGEND)
+    if any(row["unresolved"] for row in rows):
+        parts.append(UNRESOLVED)
+    for reason, names in skipped_by_reason(run):
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        parts.append(f"Left out: {shown} ({reason}).")
+    notes = run.manifest.get("notes", [])
+    parts += [f"Note: {note}." for note in notes[:5]]
+    if len(notes) > 5:
+        parts.append(f"Note: {len(notes) - 5} more notes in {run.path / 'manifest.json'}.")
+    parts += [f"Failed: {message}" for message in run.failures.values()]
+    if run.missing:
+        parts.append(
+            f"Unfinished: {len(run.missing)} matrices have no result yet; run the same analyze command to go on."
+        )
+    return printable("\n\n".join(parts))

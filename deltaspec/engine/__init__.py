@@ -1,0 +1,1 @@
+"""Runs a function over items on the devices at hand; knows nothing of matrices."""

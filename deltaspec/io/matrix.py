@@ -1,0 +1,168 @@
+"""From a place in a checkpoint to a matrix (d_out, d_in): view, transpose, slice, dequantise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import CheckpointError
+from deltaspec.io import pickled, shards
+from deltaspec.io.quantised import dequantise, fit_block, scale_grid
+from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, TensorSpec, View
+
+
+def read_tensor(spec: TensorSpec) -> Tensor:
+    """Read one whole tensor in its stored dtype, without its scale; mapped from the file where that is possible.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is gone, damaged, or no longer what its header said.
+    """
+    mapped = spec.file.name.endswith(".safetensors")
+    tensor = shards.load_tensor(spec) if mapped else pickled.load_tensor(spec)
+    if tuple(tensor.shape) != spec.shape:
+        message = (
+            f"Cannot read '{spec.name}' from '{spec.file}': expected shape {spec.shape}, found {tuple(tensor.shape)}; "
+            "the file has changed since it was opened, start again."
+        )
+        raise CheckpointError(message)
+    return tensor
+
+
+class StoredMatrix:
+    """A matrix (d_out, d_in) that stays in its file until rows or columns of it are asked for.
+
+    It maps the file for itself alone: dropping the object, and what was taken from it, gives the memory back.
+    """
+
+    def __init__(self, source: MatrixSource) -> None:
+        """Map the tensor and lay the view over it; see ``open_matrix``."""
+        spec, view = source.spec, source.view
+        self.shape = view.shape
+        self.dtype = spec.dtype
+        self._start = view.start if view.groups == 1 else None  # rows in one piece need no copy
+        self._whole = _orient(read_tensor(spec), view, spec=spec)
+        self._ids = _row_ids(self._whole.shape[0], view, spec=spec)
+        found = (len(self._ids), self._whole.shape[1])
+        if found != view.shape:
+            raise _unfit(spec, view, f"found {found}")
+        self._scale = _read_scale(spec, spec.scale, self._whole, view=view) if spec.scale else None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return rows start:stop, (stop - start, d_in), as stored, or float64 where they were dequantised."""
+        return self._take(slice(start, stop), slice(None))
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Return columns start:stop, (d_out, stop - start), as stored, or float64 where they were dequantised."""
+        return self._take(slice(None), slice(start, stop))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the stored numbers are codes that a scale multiplies."""
+        return self._scale is not None
+
+    def codes(self, span: slice, *, axis: int) -> tuple[Tensor, Tensor]:
+        """Return a scaled matrix's stored codes, and each one's scale in float64: rows (axis 0) or columns (axis 1)."""
+        values, rows, columns = self._cut(*((span, slice(None)) if axis == 0 else (slice(None), span)))
+        scale, block = self._scale or (torch.ones(1, 1, dtype=torch.float64), self.shape)
+        return values, scale[rows // block[0]][:, columns // block[1]]
+
+    def _cut(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return stored values, and which rows and columns of the whole tensor they are."""
+        ids = self._ids[rows]
+        values = self._whole[:, columns]
+        values = values[ids] if self._start is None else values.narrow(0, self._start, self.shape[0])[rows]
+        return values, ids, torch.arange(self.shape[1])[columns]
+
+    def _take(self, rows: slice, columns: slice) -> Tensor:
+        values, ids, places = self._cut(rows, columns)
+        if self._scale is None:
+            return values
+        scale, block = self._scale
+        return dequantise(values, scale, block, rows=ids, columns=places)
+
+
+def open_matrix(source: MatrixSource) -> StoredMatrix:
+    """Open one matrix of a checkpoint, (d_out, d_in), mapped and not yet read.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, or the stored shape does not fit the view.
+    """
+    return StoredMatrix(source)
+
+
+def read_low_rank(source: LowRankSource) -> LowRankDelta:
+    """Read the factors of Σ scaling·B·A as one pair, side by side along r, scaling folded into lora_B.
+
+    Returns
+    -------
+    LowRankDelta
+        lora_A (Σr, d_in) and lora_B (d_out, Σr), float64.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read, or the stored shapes do not fit each other or the view.
+    """
+    d_out, d_in = source.view.shape
+    pieces_A = [torch.zeros(0, d_in, dtype=torch.float64)]
+    pieces_B = [torch.zeros(d_out, 0, dtype=torch.float64)]
+    for term in source.terms:
+        lora_A, lora_B = (read_tensor(spec).to(torch.float64).flatten(1) for spec in (term.lora_A, term.lora_B))
+        if term.embedding:
+            lora_A, lora_B = lora_B.mT, lora_A.mT
+        lora_B = lora_B[_row_ids(lora_B.shape[0], source.view, spec=term.lora_B)]
+        found = (lora_B.shape[0], lora_A.shape[1])
+        if lora_B.shape[1] != lora_A.shape[0] or found != source.view.shape:
+            raise _unfit(term.lora_B, source.view, f"found {found} at ranks {lora_B.shape[1]} and {lora_A.shape[0]}")
+        pieces_A.append(lora_A)
+        pieces_B.append(lora_B * term.scaling)
+    return LowRankDelta(lora_A=torch.cat(pieces_A), lora_B=torch.cat(pieces_B, dim=1))
+
+
+def _orient(stored: Tensor, view: View, *, spec: TensorSpec) -> Tensor:
+    """Take the expert, flatten trailing axes, transpose: all rows of the stored matrix, (groups·rows, d_in)."""
+    if view.expert is not None:
+        if stored.ndim < 3 or not 0 <= view.expert < stored.shape[0]:
+            raise _unfit(spec, view, f"it has no expert {view.expert}")
+        stored = stored[view.expert]
+    if stored.ndim < 2:
+        raise _unfit(spec, view, "it is no matrix")
+    flat = stored.flatten(1)
+    return flat.mT if view.transposed else flat
+
+
+def _row_ids(length: int, view: View, *, spec: TensorSpec) -> Tensor:
+    """Return which of the stored rows are the view's, (d_out,): start:stop of each of its groups."""
+    height = length // max(view.groups, 1)
+    stop = height if view.stop is None else view.stop
+    if view.groups < 1 or length % view.groups or not 0 <= view.start <= stop <= height:
+        raise _unfit(spec, view, f"{length} rows in {view.groups} groups have no rows {view.start} to {stop} each")
+    return torch.arange(length).view(view.groups, height)[:, view.start : stop].reshape(-1)
+
+
+def _read_scale(
+    spec: TensorSpec, companion: TensorSpec, whole: Tensor, *, view: View
+) -> tuple[Tensor, tuple[int, int]]:
+    """Read a tensor's scales as a grid over its oriented matrix, and the block that each covers."""
+    scale = read_tensor(companion).to(torch.float64).reshape(scale_grid(spec.shape, companion.shape))
+    if view.expert is not None and scale.shape[0] == 1:
+        scale = scale.expand(spec.shape[0], *scale.shape[1:])
+    scale = _orient(scale, view, spec=companion)
+    rows, columns = spec.block or (1, 1)
+    default = (columns, rows) if view.transposed else (rows, columns)
+    block = fit_block(tuple(whole.shape), tuple(scale.shape), default)
+    if block is None:
+        raise _unfit(spec, view, f"its scales have shape {companion.shape}")
+    return scale, block
+
+
+def _unfit(spec: TensorSpec, view: View, found: str) -> CheckpointError:
+    message = (
+        f"Cannot read '{spec.name}' in '{spec.file}' as a matrix {view.shape}: it is stored as {spec.shape}, {found}; "
+        "check that config.json belongs to these weights."
+    )
+    return CheckpointError(message)

@@ -1,0 +1,166 @@
+"""PEFT's LoRA folders: which factors belong to which module, and their scaling; nothing is read yet."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from deltaspec.errors import CheckpointError
+from deltaspec.io import pickled, shards
+from deltaspec.types import AdapterIndex, LowRankTerm, TensorSpec
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+FACTOR = re.compile(
+    r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.(?P<kind>weight|bias))?"
+)
+WHOLE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)")
+REFUSED = {
+    "use_dora": "DoRA, whose magnitudes make the change full-rank",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "target_parameters": "target_parameters, whose stacked factors differ between PEFT versions",
+    "trainable_token_indices": "trainable_token_indices",
+    "layer_replication": "layer_replication",
+    "kasa_config": "KaSA",
+}
+MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # these subtract the initial factors from the base
+
+
+def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
+    """Open a folder that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
+
+    Parameters
+    ----------
+    folder : Path
+    ref : str
+        What the user asked for.
+
+    Returns
+    -------
+    AdapterIndex
+        Each module's factors with scaling α/r, or α/√r under rsLoRA, after the rank and alpha patterns.
+
+    Raises
+    ------
+    CheckpointError
+        If it is no LoRA adapter, its numbers make no sense, or factors are missing or do not fit each other.
+    """
+    path = folder / CONFIG
+    config = shards.read_json(path)
+    _check_config(config, path=path)
+    name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
+    if name is None:
+        message = f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
+        raise CheckpointError(message)
+    room = shards if name.endswith(".safetensors") else pickled
+    tensors, _ = shards.gather([folder / name], room.list_tensors)
+    factors, full, biases = _sort(tensors)
+    if not factors and not full:
+        message = (
+            f"Cannot use '{folder / name}': it holds no LoRA factors; check that the adapter was trained and saved."
+        )
+        raise CheckpointError(message)
+    modules = {
+        module: _pair(found, module=module, config=config, path=path) for module, found in sorted(factors.items())
+    }
+    base = config.get("base_model_name_or_path")
+    return AdapterIndex(
+        ref, folder, (folder / name,), modules, full, biases, base if isinstance(base, str) else "", config
+    )
+
+
+def _check_config(config: dict[str, Any], *, path: Path) -> None:
+    """Refuse by name what is not plain LoRA."""
+    kind = config.get("peft_type")
+    what = "" if kind == "LORA" else f"a {kind} adapter" if isinstance(kind, str) else "an adapter of unknown type"
+    what = next((f"a LoRA adapter with {text}" for key, text in REFUSED.items() if config.get(key)), what)
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and MOVED_BASE.match(initial.lower()):
+        what = f"a LoRA adapter that started from {initial} and so belongs to a changed base"
+    if what:
+        raise _refusal(path, what)
+
+
+def _refusal(path: Path, what: str) -> CheckpointError:
+    message = f"Cannot read '{path}': it is {what}; merge it into its base and analyse the merged checkpoint."
+    return CheckpointError(message)
+
+
+def _sort(
+    tensors: dict[str, TensorSpec],
+) -> tuple[dict[str, dict[str, TensorSpec]], dict[str, TensorSpec], dict[str, TensorSpec]]:
+    """Sort the tensors into factors by module ("A", "B", "embedding_A", …), whole tensors, and biases by module."""
+    factors: dict[str, dict[str, TensorSpec]] = {}
+    full: dict[str, TensorSpec] = {}
+    biases: dict[str, TensorSpec] = {}
+    for key, spec in tensors.items():
+        name = key.removeprefix(PREFIX)
+        match = FACTOR.fullmatch(name)
+        if match is None:
+            if "lora_magnitude_vector" in name:
+                raise _refusal(spec.file, f"a LoRA adapter with {REFUSED['use_dora']}")
+            if "lora_" in name or "trainable_tokens" in name:
+                message = (
+                    f"Cannot use '{key}' in '{spec.file}': it is no LoRA factor of a known kind; merge the adapter."
+                )
+                raise CheckpointError(message)
+            full[WHOLE.sub("", name)] = spec
+        elif match["kind"] == "bias":
+            biases[match["module"]] = spec
+        else:
+            factors.setdefault(match["module"], {})[(match["embedding"] or "") + match["side"]] = spec
+    return factors, full, biases
+
+
+def _pair(found: dict[str, TensorSpec], *, module: str, config: dict[str, Any], path: Path) -> LowRankTerm:
+    """Join a module's factors, after checking that they fit each other and the config."""
+    embedding = "embedding_A" in found or "embedding_B" in found
+    sides = [found.get(f"embedding_{side}" if embedding else side) for side in "AB"]
+    file = next(iter(found.values())).file
+    lora_A, lora_B = sides
+    if lora_A is None or lora_B is None or len(found) != 2:
+        message = (
+            f"Cannot use the factors of '{module}' in '{file}': expected one lora_A and one lora_B, found "
+            f"{', '.join(f'lora_{side}' for side in sorted(found))}; save the adapter again."
+        )
+        raise CheckpointError(message)
+    rank = lora_A.shape[0] if lora_A.shape else 0
+    fits = len(lora_A.shape) >= 2 and len(lora_B.shape) >= 2 and lora_B.shape[1] == rank > 0
+    if not fits or math.prod(lora_B.shape[2:]) != 1:
+        message = (
+            f"Cannot multiply the factors of '{module}' in '{file}': expected lora_A (r, d_in) and lora_B (d_out, r), "
+            f"found {lora_A.shape} and {lora_B.shape}; save the adapter again."
+        )
+        raise CheckpointError(message)
+    stated = _number(config, "r", module=module, path=path)
+    if stated != rank:
+        message = (
+            f"Cannot scale '{module}': '{path}' gives it rank {stated:g}, its lora_A in '{file}' has {rank}; "
+            "use the config that was saved with these weights."
+        )
+        raise CheckpointError(message)
+    alpha = _number(config, "lora_alpha", module=module, path=path)
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRankTerm(lora_A, lora_B, scaling, embedding=embedding)
+
+
+def _number(config: dict[str, Any], option: str, *, module: str, path: Path) -> float:
+    """Return r or lora_alpha of one module, by the first pattern that its path ends in, else the global value."""
+    key = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[option]
+    patterns = config.get(key) or {}
+    value = config.get(option)
+    try:
+        matching = (number for pattern, number in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
+        value = next(matching, value)
+    except (re.error, AttributeError, RecursionError) as cause:
+        message = f"Cannot use '{path}': its {key} is no map from regular expressions to numbers ({cause})."
+        raise CheckpointError(message) from cause
+    positive = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if not positive or value is None:
+        message = f"Cannot use '{path}': expected a positive number as {option} of '{module}', found {value!r}."
+        raise CheckpointError(message)
+    return float(value)

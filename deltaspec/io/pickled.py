@@ -1,0 +1,172 @@
+"""Pickled checkpoints (.bin, .pt, .pth): tensors only, mapped into memory, never any code."""
+
+from __future__ import annotations
+
+import re
+import threading
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import CheckpointError
+from deltaspec.io.shards import LFS_POINTER, Contents
+from deltaspec.types import TensorSpec
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params")
+DEPTH = 4  # wrappers inside wrappers; a pickle may contain itself
+CODE = re.compile(r"GLOBAL (\S+)")
+KEPT = 8_000_000  # bytes given out before a file is unmapped: what was touched stays in memory until then
+LOADING = threading.Lock()  # warning filters belong to the whole process
+
+DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "complex64": "C64",
+    "bool": "BOOL",
+    **{f"{sign}int{bits}": f"{sign or 'i'}{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A file's tensors, and how many bytes of them were given out."""
+
+    tensors: dict[str, Tensor]
+    handed: int = 0
+
+
+def list_tensors(file: Path) -> Contents:
+    """List the tensors of one pickled file, whatever wraps them; names that share a tensor's memory are aliases.
+
+    Raises
+    ------
+    CheckpointError
+        If the file holds code, is damaged, or holds a tensor that is not plain numbers.
+    """
+    tensors: dict[str, TensorSpec] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    loaded = _load(file)
+    size = file.stat().st_size
+    for name, tensor in loaded.tensors.items():
+        _check(tensor, name=name, file=file, size=size)
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            aliases[name] = seen[place]
+            continue
+        seen[place] = name
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = TensorSpec(name, file, tuple(tensor.shape), DTYPES.get(dtype, dtype))
+    return tensors, aliases
+
+
+def load_tensor(spec: TensorSpec) -> Tensor:
+    """Map one tensor into memory in its stored dtype; dropping the result unmaps the file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file has changed since it was listed.
+    """
+    loaded = _load(spec.file)
+    tensor = loaded.tensors.get(spec.name)
+    if tensor is None:
+        message = f"Cannot find '{spec.name}' in '{spec.file}': the file has changed since it was opened; start again."
+        raise CheckpointError(message)
+    loaded.handed += tensor.numel() * tensor.element_size()
+    if loaded.handed > KEPT:
+        _map.cache_clear()
+    return tensor
+
+
+def _check(tensor: Tensor, *, name: str, file: Path, size: int) -> None:
+    """Refuse what is not an ordinary tensor lying in the file."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+        message = (
+            f"Cannot use '{name}' in '{file}': expected a dense tensor of plain numbers, found a sparse, quantised, "
+            "nested or empty one; convert it and save it in safetensors."
+        )
+        raise CheckpointError(message)
+    if tensor.numel() * tensor.element_size() > size:
+        message = (
+            f"Cannot use '{name}' in '{file}': its shape {tuple(tensor.shape)} needs more bytes than the file has; "
+            "make the tensor contiguous and save it again."
+        )
+        raise CheckpointError(message)
+
+
+def _load(file: Path) -> _Loaded:
+    """Load the tensors of a file: mapped where its format allows, else into memory."""
+    try:
+        facts = file.stat()
+        load = _map if zipfile.is_zipfile(file) else _load_legacy
+        return load(file, facts.st_size, facts.st_mtime_ns)
+    except CheckpointError:
+        raise
+    except UnpicklingError as cause:
+        code = CODE.search(str(cause))
+        what = f"holds code ({code[1]})" if code else "was not saved by torch.save, or holds code"
+        message = (
+            f"Cannot read '{file}': it {what}, which deltaspec never runs; download it again, or convert it to "
+            "safetensors where you trust it."
+        )
+        raise CheckpointError(message) from cause
+    except Exception as cause:  # damaged bytes make torch raise almost anything, AssertionError and KeyError included
+        reason = " ".join(str(cause).split(". ")[0].split()) or type(cause).__name__
+        message = (
+            f"Cannot read '{file}' as a pickled checkpoint ({reason}): download it again or save it in safetensors."
+        )
+        raise CheckpointError(message) from cause
+
+
+@lru_cache(maxsize=4)
+def _map(file: Path, size: int, changed: int) -> _Loaded:
+    """Map a file, once for many small tensors: unpickling takes torch 0.1 ms for each tensor that the file holds."""
+    del size, changed  # parts of the cache's key
+    return _unpickle(file, mmap=True)
+
+
+@lru_cache(maxsize=2)
+def _load_legacy(file: Path, size: int, changed: int) -> _Loaded:
+    """Load a file from before torch 1.6, which cannot be mapped, once for all its tensors."""
+    del size, changed  # parts of the cache's key
+    with file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            message = f"Cannot read '{file}': it is a git-lfs pointer, not the weights; run git lfs pull."
+            raise CheckpointError(message)
+    return _unpickle(file, mmap=False)
+
+
+def _unpickle(file: Path, *, mmap: bool) -> _Loaded:
+    with LOADING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    return _Loaded(_unwrap(loaded, depth=DEPTH))
+
+
+def _unwrap(found: Any, *, depth: int) -> dict[str, Tensor]:
+    """Return the tensors by name, from inside the wrappers that trainers put around them."""
+    if not isinstance(found, Mapping):
+        return {}
+    if depth:
+        for wrapper in WRAPPERS:
+            if inner := _unwrap(found.get(wrapper), depth=depth - 1):
+                return inner
+    return {
+        name: value.detach() for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)
+    }

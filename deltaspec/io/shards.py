@@ -1,0 +1,220 @@
+"""Safetensors files, single or sharded: which files belong together, their indexes, headers and tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from deltaspec.errors import CheckpointError
+from deltaspec.types import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Contents = tuple[
+    dict[str, TensorSpec], dict[str, str]
+]  # tensors by name; alias → the stored name it shares memory with
+
+WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+PICKLED = (".bin", ".pt", ".pth")
+TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)")
+NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
+LFS_POINTER = b"version https://git-lfs"
+
+
+def choose_weights(names: Collection[str]) -> tuple[str, ...]:
+    """Choose from a folder's file names those to open: one index, or the files that hold all weights.
+
+    Safetensors come before pickled files, an index before single files, and the customary name before others;
+    several files without an index are taken together.
+
+    Parameters
+    ----------
+    names : collection of str
+        File names of one folder.
+
+    Returns
+    -------
+    tuple of str
+        One ``*.index.json``, or weight files; empty where there are none.
+    """
+    top = sorted((name for name in names if "/" not in name), key=lambda name: (len(name), name))
+    for suffixes in ((".safetensors",), PICKLED):
+        indexes = [name for name in top if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
+        customary = [name for name in WHOLE if name in top and name.endswith(suffixes)]
+        if indexes or customary:
+            return (indexes[0],) if indexes else (customary[0],)
+        others = [name for name in top if name.endswith(suffixes) and not TRAINING_STATE.match(name)]
+        if others:
+            return tuple(sorted(others))
+    return ()
+
+
+def missing_shards(names: Collection[str]) -> list[str]:
+    """Return the files that the numbering of others (…-00001-of-00003…) promises and that are not there."""
+    promised: set[str] = set()
+    for name in names:
+        if match := NUMBERED.fullmatch(name):
+            stem, _, count, suffix = match.groups()
+            promised |= {f"{stem}-{number + 1:05d}-of-{count}{suffix}" for number in range(int(count))}
+    return sorted(promised - set(names))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that must hold one JSON object.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read, is not JSON, or is not an object.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as cause:
+        message = f"Cannot read '{path}' as JSON ({cause}): download it again."
+        raise CheckpointError(message) from cause
+    if not isinstance(found, dict):
+        message = f"Cannot use '{path}': expected a JSON object, found {type(found).__name__}; download it again."
+        raise CheckpointError(message)
+    return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Read which file holds which tensor from an ``index.json``; files are named relative to its folder.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such map, or a file named in it lies outside the index's folder.
+    """
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(file, str) for file in found.values()):
+        message = f"Cannot use '{index}': expected 'weight_map' with a file name for each tensor; download it again."
+        raise CheckpointError(message)
+    for name, file in found.items():
+        path = PureWindowsPath(
+            file
+        )  # knows both separators; the target of a link is not looked at: hub caches use links
+        if path.anchor or ".." in path.parts or not path.parts or "\0" in file:
+            message = f"Cannot use '{index}': it places '{name}' in '{file}', outside its own folder; do not trust it."
+            raise CheckpointError(message)
+    return found
+
+
+def gather(files: Iterable[Path], reader: Callable[[Path], Contents]) -> Contents:
+    """List the tensors of several files, whose names must differ.
+
+    Raises
+    ------
+    CheckpointError
+        If two files hold a tensor of one name, or a file cannot be read.
+    """
+    tensors: dict[str, TensorSpec] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[str, Path] = {}
+    for file in files:
+        found, shared = reader(file)
+        for name in (*found, *shared):
+            if name in owner:
+                message = (
+                    f"Cannot tell which '{name}' is meant: both '{owner[name]}' and '{file}' hold it; "
+                    "remove one, or open one file by its own path."
+                )
+                raise CheckpointError(message)
+            owner[name] = file
+        tensors |= found
+        aliases |= shared
+    return tensors, aliases
+
+
+def gather_indexed(index: Path, reader: Callable[[Path], Contents]) -> tuple[tuple[Path, ...], Contents]:
+    """List the tensors of the shards that an index names, also those that it forgot.
+
+    Raises
+    ------
+    CheckpointError
+        If the index is wrong, or a shard lacks a tensor that the index places there.
+    """
+    weight_map = read_index(index)
+    files = tuple(index.parent / file for file in sorted(set(weight_map.values())))
+    if missing := next((file.name for file in files if not file.is_file()), None):
+        message = f"Cannot open '{index.parent}': '{index.name}' names '{missing}', which is missing; download it."
+        raise CheckpointError(message)
+    tensors, aliases = gather(files, reader)
+    for name, file in weight_map.items():
+        holder = tensors.get(aliases.get(name, name))
+        if holder is None or holder.file != index.parent / file:
+            message = f"Cannot find '{name}' in '{index.parent / file}', where '{index.name}' places it; download both."
+            raise CheckpointError(message)
+    return files, (tensors, aliases)
+
+
+def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
+    """Read the header of a safetensors file, checked by the safetensors library.
+
+    Returns
+    -------
+    bytes, dict
+        The file's first 8 bytes and header as stored; name → dtype, shape, data_offsets.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is truncated, its header is not JSON, lies about offsets, or names a tensor twice.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            message = f"Cannot read '{file}': its header names '{twice}' twice; download it again."
+            raise CheckpointError(message)
+        return found
+
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(8)
+            if LFS_POINTER.startswith(raw) and raw:
+                message = f"Cannot read '{file}': it is a git-lfs pointer, not the weights; run git lfs pull."
+                raise CheckpointError(message)
+            with safe_open(file, framework="pt"):
+                raw += stream.read(int.from_bytes(raw, "little"))
+        return raw, json.loads(raw[8:], object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError, SafetensorError) as cause:
+        message = f"Cannot read '{file}' as safetensors ({cause}): it is damaged or truncated; download it again."
+        raise CheckpointError(message) from cause
+
+
+def list_tensors(file: Path) -> Contents:
+    """List the tensors of one safetensors file from its header, and the names it says were left out as shared."""
+    _, header = read_header(file)
+    metadata = header.pop("__metadata__", {})
+    tensors = {
+        name: TensorSpec(name, file, tuple(entry["shape"]), entry["dtype"])
+        for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
+    }
+    shared = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
+    return tensors, shared
+
+
+def load_tensor(spec: TensorSpec) -> Tensor:
+    """Map one tensor into memory in its stored dtype; dropping the result unmaps the file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file has changed since its header was read.
+    """
+    try:
+        with safe_open(spec.file, framework="pt") as stored:
+            tensor: Tensor = stored.get_tensor(spec.name)
+    except (OSError, ValueError, SafetensorError) as cause:
+        message = f"Cannot read '{spec.name}' from '{spec.file}' ({cause}): download the file again."
+        raise CheckpointError(message) from cause
+    return tensor

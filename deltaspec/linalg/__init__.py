@@ -1,0 +1,1 @@
+"""Matrix decompositions: tensors in, tensors out."""

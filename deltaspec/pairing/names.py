@@ -1,0 +1,53 @@
+"""Which tensor of the tuned model is which of the base: by name, up to one difference in prefix."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+
+
+def _splits(name: str) -> Iterator[tuple[str, str]]:
+    """Every way to cut a dotted name into prefix and the rest of at least two components, or the whole name."""
+    yield "", name
+    pieces = name.split(".")
+    for i in range(1, len(pieces) - 1):
+        yield ".".join(pieces[:i]) + ".", ".".join(pieces[i:])
+
+
+def align_names(base: Iterable[str], tuned: Iterable[str]) -> tuple[dict[str, str], str]:
+    """Map base names to tuned names.
+
+    Equal names pair. Where one change of prefix (``bert.`` for nothing, ``model.`` for ``model.language_model.``)
+    pairs more tensors than equality does, the rest pair under it.
+
+    Returns
+    -------
+    mapping : dict
+        Base name → tuned name.
+    note : str
+        The prefix change in words; "" if none was needed.
+    """
+    base, tuned = set(base), set(tuned)
+    mapping = {name: name for name in base & tuned}
+    left, right = base - tuned, tuned - base
+    by_rest: defaultdict[str, list[str]] = defaultdict(list)
+    for name in left:
+        for prefix, rest in _splits(name):
+            by_rest[rest].append(prefix)
+    votes = Counter((old, new) for name in right for new, rest in _splits(name) for old in by_rest.get(rest, ()))
+    if not votes:
+        return mapping, ""
+    (old, new), count = max(votes.items(), key=lambda item: (item[1], -len(item[0][0]) - len(item[0][1]), item[0]))
+    if count <= len(mapping):
+        return mapping, ""
+    for name in left:
+        renamed = new + name.removeprefix(old)
+        if name.startswith(old) and renamed in right:
+            mapping[name] = renamed
+    return mapping, f"names pair after '{old}' in the base is read as '{new}' in the tuned model"

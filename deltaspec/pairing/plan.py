@@ -1,0 +1,96 @@
+"""The plan of an analysis: what is compared, what is not, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from deltaspec.errors import PairingError
+from deltaspec.linalg.numerics import GRIDS
+from deltaspec.options import AnalyzeOptions
+from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, TensorSpec, WeightPair
+
+
+@dataclass(frozen=True, slots=True)
+class VectorPair:
+    """A norm or bias in both models; ``scaling`` is set where ``tuned`` is an adapter's bias, itself the change."""
+
+    key: MatrixKey
+    base: TensorSpec | None
+    tuned: TensorSpec
+    scaling: float | None = None
+    rows: int | None = None  # compare this many leading elements
+
+
+@dataclass(slots=True)
+class Plan:
+    """Pairs to decompose, vectors to compare, tensors left out with their reason, and what was assumed."""
+
+    pairs: list[WeightPair] = field(default_factory=list)
+    vectors: list[VectorPair] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    family: str = "generic"
+
+    def skip(self, name: str, reason: str) -> None:
+        """List a tensor that is not compared."""
+        self.skipped.append({"tensor": name, "reason": reason})
+
+
+def chosen(name: str, options: AnalyzeOptions) -> bool:
+    """Tell whether --include and --exclude let a tensor name through."""
+    if options.include and not re.search(options.include, name):
+        return False
+    return not (options.exclude and re.search(options.exclude, name))
+
+
+def unreadable(spec: TensorSpec) -> str:
+    """Say why a tensor has no delta: its dtype is no float, or it is empty; "" if it has one."""
+    if spec.dtype not in GRIDS:
+        return f"dtype {spec.dtype} is not a floating-point weight"
+    return "it has no elements" if 0 in spec.shape else ""
+
+
+def refuse_shapes(wrong: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]], *, vocabulary: bool) -> None:
+    """Stop with the sentence that says what to do where shapes disagree.
+
+    Raises
+    ------
+    PairingError
+        If ``wrong`` names any tensor.
+    """
+    if not wrong:
+        return
+    name, base, tuned = wrong[0]
+    more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
+    advice = (
+        "Pass --vocab common to compare the shared rows, or leave it out with --exclude."
+        if vocabulary
+        else "Check that the base is the one this model was tuned from, or leave it out with "
+        f"--exclude '{re.escape(name)}'."
+    )
+    message = f"Cannot pair '{name}': base has shape {base}, tuned has {tuned}{more}. {advice}"
+    raise PairingError(message)
+
+
+def refuse_empty(plan: Plan, base: Checkpoint | AdapterIndex, tuned: Checkpoint | AdapterIndex) -> None:
+    """Stop where nothing can be compared.
+
+    Raises
+    ------
+    PairingError
+        If the plan holds neither pairs nor vectors.
+    """
+    if plan.pairs or plan.vectors:
+        return
+    reasons = {row["reason"] for row in plan.skipped}
+    if reasons == {"left out by --include or --exclude"}:
+        message = f"--include and --exclude leave nothing of {base.ref} to compare: loosen them."
+        raise PairingError(message)
+    first = plan.skipped[0] if plan.skipped else {"tensor": "nothing", "reason": "empty"}
+    message = (
+        f"Nothing in {base.ref} pairs with {tuned.ref} (for example '{first['tensor']}': {first['reason']}): "
+        "check that both are the same kind of model."
+    )
+    raise PairingError(message)

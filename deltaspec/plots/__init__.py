@@ -1,0 +1,1 @@
+"""Figures: columns in, a matplotlib Figure out; nothing here saves or keeps state."""

@@ -1,0 +1,1 @@
+"""What a spectrum says: metrics, and what noise alone would score."""

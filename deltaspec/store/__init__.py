@@ -1,0 +1,1 @@
+"""The run directory: deltaspec's own format."""

@@ -1,0 +1,193 @@
+"""Open, create, resume and read a run directory; its format is specified in format.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deltaspec.errors import RunError, require
+from deltaspec.store.record import encode, file_stem, read_record, read_spectrum, write_atomically
+from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT, VERSION = "deltaspec-run", 1
+IDENTITY = ("base", "tuned", "options")  # what must be the same for a run to go on
+
+
+class Run:
+    """The results of one analysis, on disk; nothing of the checkpoints is needed to read it.
+
+    Attributes
+    ----------
+    path : Path
+    manifest : dict
+        What was compared, with which options and versions; see format.md.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def load(cls, path: str | Path) -> Run:
+        """Open an existing run directory.
+
+        Raises
+        ------
+        RunError
+            If there is none, or a newer deltaspec wrote it.
+        """
+        folder = Path(path)
+        file = folder / "manifest.json"
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as cause:
+            message = f"{folder} holds no manifest.json: expected a run directory written by deltaspec analyze."
+            raise RunError(message) from cause
+        except (OSError, ValueError) as cause:
+            message = f"{file} cannot be read ({cause}): delete {folder} and analyse again."
+            raise RunError(message) from cause
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            message = f'{file} is not a deltaspec run: expected "format": "{FORMAT}".'
+            raise RunError(message)
+        if not isinstance(manifest.get("version"), int) or manifest["version"] > VERSION:
+            message = (
+                f"{file} has format version {manifest.get('version')}, this deltaspec reads up to {VERSION}: upgrade."
+            )
+            raise RunError(message)
+        return cls(folder, manifest)
+
+    @classmethod
+    def create_or_resume(cls, path: str | Path, manifest: dict[str, Any]) -> Run:
+        """Start a run, or go on with the one at ``path`` if it compares the same files with the same options.
+
+        Raises
+        ------
+        RunError
+            If the folder holds something else, cannot be written, or belongs to other checkpoints or options.
+        """
+        folder = Path(path)
+        try:
+            if not (folder / "manifest.json").exists():
+                if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                    message = f"{folder} exists and is not a run directory: pass another one with -o."
+                    raise RunError(message)
+                text = json.dumps({"format": FORMAT, "version": VERSION, **manifest}, indent=1)
+                write_atomically(folder / "manifest.json", text.encode())
+                return cls.load(folder)
+            run = cls.load(folder)
+            differences = list(_differences(run.manifest, json.loads(json.dumps(manifest))))
+            if differences:
+                message = (
+                    f"{folder} holds a run of something else ({'; '.join(differences[:3])}): "
+                    "pass another folder with -o, or delete this one."
+                )
+                raise RunError(message)
+            for leftover in folder.glob("**/*.tmp"):
+                leftover.unlink(missing_ok=True)
+        except OSError as cause:
+            message = f"The run directory {folder} cannot be written ({cause.strerror}): pass another one with -o."
+            raise RunError(message) from cause
+        return run
+
+    def _file(self, key: MatrixKey, store_key: str, suffix: str = ".safetensors") -> Path:
+        depth = "none" if key.depth is None else str(key.depth)
+        return self.path / "matrices" / depth / f"{file_stem(store_key)}{suffix}"
+
+    def has(self, key: MatrixKey, store_key: str) -> bool:
+        """Tell whether this record is done: its file exists."""
+        return self._file(key, store_key).exists()
+
+    def put(self, record: MatrixRecord, spectrum: Spectrum) -> None:
+        """Store a result by atomic rename; an earlier failure of the same matrix goes."""
+        write_atomically(self._file(record.key, record.store_key), encode(record, spectrum))
+        self._file(record.key, record.store_key, ".failed.json").unlink(missing_ok=True)
+
+    def put_failure(self, key: MatrixKey, store_key: str, message: str) -> None:
+        """Store why a matrix has no result; it is tried again on resume."""
+        content = json.dumps({"key": store_key, "message": message}, indent=1)
+        write_atomically(self._file(key, store_key, ".failed.json"), content.encode())
+
+    def put_vectors(self, rows: list[dict[str, Any]]) -> None:
+        """Store the relative changes of norms and biases."""
+        write_atomically(self.path / "vectors.json", json.dumps(rows, indent=1).encode())
+
+    @cached_property
+    def records(self) -> list[MatrixRecord]:
+        """Every finished matrix, in the order of the plan."""
+        order = {key: i for i, key in enumerate(self.manifest.get("planned", ()))}
+        records = [read_record(path) for path in sorted(self.path.glob("matrices/*/*.safetensors"))]
+        return sorted(records, key=lambda record: order.get(record.store_key, len(order)))
+
+    @cached_property
+    def _by_key(self) -> dict[str, MatrixRecord]:
+        return {record.store_key: record for record in self.records}
+
+    @cached_property
+    def failures(self) -> dict[str, str]:
+        """Matrices without a result: key → the sentence that says why."""
+        rows = [
+            json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.path.glob("matrices/*/*.failed.json"))
+        ]
+        return {row["key"]: row["message"] for row in rows}
+
+    @cached_property
+    def vectors(self) -> list[dict[str, Any]]:
+        """Norms and biases: tensor, role, depth, stack, size, base_norm, relative_norm, unchanged_fraction."""
+        file = self.path / "vectors.json"
+        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return rows
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """Tensors that were not compared, each with its reason."""
+        rows: list[dict[str, str]] = self.manifest.get("skipped", [])
+        return rows
+
+    @property
+    def missing(self) -> list[str]:
+        """Planned matrices that have neither a result nor a failure yet: the run was stopped."""
+        done = {record.store_key for record in self.records} | set(self.failures)
+        return [key for key in self.manifest.get("planned", ()) if key not in done]
+
+    def spectrum(self, key: str) -> Spectrum:
+        """Read the singular values of one matrix.
+
+        Parameters
+        ----------
+        key : str
+            As ``record.store_key``: the tensor's name, its part and expert where it has them, #base or #tuned.
+
+        Raises
+        ------
+        RunError
+            If no record has this key.
+        """
+        record = self._by_key.get(key)
+        if record is None:
+            message = f"{self.path} has no record '{key}': run.records lists {len(self.records)} keys (store_key)."
+            raise RunError(message)
+        return read_spectrum(self._file(record.key, key))
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One flat dict for each record: key fields, shape, dtypes, spectrum_of, metrics, method, error bound."""
+        return [record.to_dict() for record in self.records]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the same as a DataFrame (pandas is optional)."""
+        frame: pandas.DataFrame = require("pandas", extra="pandas").DataFrame(self.to_dicts())
+        return frame
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Say in words where two manifests' identities differ; references may differ, contents not."""
+    for name in IDENTITY if not prefix else sorted({*old, *new} - {"ref", "revision"}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            yield f"{prefix}{name} was {before}, now {after}"

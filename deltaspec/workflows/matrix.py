@@ -1,0 +1,182 @@
+"""One matrix from its stored pair to its record: what the engine runs for each item of the plan."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from deltaspec.delta import DenseDelta, energy_of, stream
+from deltaspec.errors import NumericalError
+from deltaspec.io.matrix import read_low_rank, read_tensor
+from deltaspec.linalg.lowrank import svd_of_product
+from deltaspec.linalg.numerics import first_non_finite
+from deltaspec.linalg.svd import EPS, decompose
+from deltaspec.options import AnalyzeOptions
+from deltaspec.spectra.metrics import Evidence, measure
+from deltaspec.types import LowRankSource, MatrixRecord, MatrixSource, Spectrum, TensorSpec, WeightPair
+
+WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One decomposition: a pair, and which of delta, base and tuned."""
+
+    pair: WeightPair
+    spectrum_of: str
+
+    @property
+    def store_key(self) -> str:
+        """The name of its record in the run; see MatrixRecord.store_key."""
+        return str(self.pair.key) if self.spectrum_of == "delta" else f"{self.pair.key}#{self.spectrum_of}"
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds up to a constant: long · side², as the Gram matrix costs."""
+        return max(self.pair.shape) * min(self.pair.shape) ** 2
+
+
+def memory_of(task: Task, options: AnalyzeOptions) -> int:
+    """Bytes that a task needs while in flight, measured on each route's largest phase."""
+    side, long = min(task.pair.shape), max(task.pair.shape)
+    square = 8 * side * side
+    sources = [source for source in (task.pair.base, task.pair.tuned) if isinstance(source, MatrixSource)]
+    mapped = sum(WIDTH.get(source.spec.dtype, 1) * side * long for source in sources)
+    if len(sources) < 2:
+        return mapped + 24 * (side + long) * 1024
+    gram = square + 8 * side * min(1024, side) + mapped + (24 << 20)
+    if options.exact:
+        return gram + 8 * side * min(long, 6 * side)
+    if options.vectors:
+        return max(gram, 5 * square) + 8 * long * options.vectors
+    return max(gram, 2 * square)
+
+
+def analyze_matrix(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[MatrixRecord, Spectrum]:
+    """Decompose one matrix and measure it.
+
+    Raises
+    ------
+    NumericalError
+        If it holds NaN or infinity (naming tensor and index), or does not converge.
+    CheckpointError
+        If it cannot be read.
+    """
+    start = time.perf_counter()
+    pair, notes = task.pair, []
+    try:
+        if task.spectrum_of != "delta":
+            evidence, spectrum, note = _of_one(task, options, device)
+        elif isinstance(pair.tuned, LowRankSource):
+            evidence, spectrum, note = _of_factors(pair, options, device)
+        else:
+            evidence, spectrum, note = _of_delta(pair, options, device)
+    except NumericalError as cause:
+        raise _located(task, cause) from cause
+    if note:
+        notes.append(note)
+    if evidence.rounding and evidence.rounding.grid != _dtype(pair.tuned):
+        grid = evidence.rounding.grid
+        notes.append(f"tuned values are {grid} saved as {_dtype(pair.tuned)}: rounding is that of {grid}")
+    record = MatrixRecord(
+        key=pair.key,
+        shape=pair.shape,
+        base_dtype=_dtype(pair.base),
+        tuned_dtype=_dtype(pair.tuned),
+        spectrum_of=task.spectrum_of,
+        metrics=measure(evidence),
+        method=spectrum.method,
+        error_bound=spectrum.error_bound,
+        seconds=time.perf_counter() - start,
+        device=str(device),
+        notes=tuple(notes),
+    )
+    return record, spectrum
+
+
+def _dtype(source: MatrixSource | LowRankSource) -> str:
+    if isinstance(source, MatrixSource):
+        return source.spec.dtype
+    return source.terms[0].lora_A.dtype if source.terms else ""
+
+
+def _of_delta(pair: WeightPair, options: AnalyzeOptions, device: torch.device) -> tuple[Evidence, Spectrum, str]:
+    assert isinstance(pair.base, MatrixSource)
+    assert isinstance(pair.tuned, MatrixSource)
+    delta = DenseDelta(pair.base, pair.tuned, device=device)
+    exact = options.exact or "F64" in (
+        pair.base.spec.dtype,
+        pair.tuned.spec.dtype,
+    )  # fp64 files hold more than a Gram keeps
+    spectrum, note = decompose(delta.blocks, pair.shape, device=device, vectors=options.vectors, exact=exact)
+    evidence = Evidence(spectrum, base_norm=math.sqrt(delta.base_energy), rounding=delta.rounding)
+    return evidence, spectrum, note
+
+
+def _of_one(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[Evidence, Spectrum, str]:
+    """Decompose W_base or W_tuned itself."""
+    source = task.pair.base if task.spectrum_of == "base" else task.pair.tuned
+    if isinstance(source, LowRankSource):
+        message = (
+            f"it is stored as factors alone; analyse the merged checkpoint for the spectrum of {task.spectrum_of}."
+        )
+        raise NumericalError(message)
+    spectrum, note = decompose(
+        lambda: stream(source, device=device),
+        task.pair.shape,
+        device=device,
+        vectors=options.vectors,
+        exact=options.exact,
+    )
+    return Evidence(spectrum), spectrum, note
+
+
+def _of_factors(pair: WeightPair, options: AnalyzeOptions, device: torch.device) -> tuple[Evidence, Spectrum, str]:
+    """Decompose stored factors through QR, never formed densely."""
+    assert isinstance(pair.tuned, LowRankSource)
+    spectrum = _spectrum_of_factors(pair.tuned, options.vectors, device)
+    if isinstance(pair.base, LowRankSource):
+        base_norm = math.sqrt(_spectrum_of_factors(pair.base, 0, device).energy) if pair.base.terms else None
+    else:
+        base_norm = math.sqrt(energy_of(pair.base, device=device))
+    if base_norm is not None and not math.isfinite(base_norm):
+        message = "the base holds NaN or infinity."
+        raise NumericalError(message)
+    return Evidence(spectrum, base_norm=base_norm, low_rank=True), spectrum, ""
+
+
+def _spectrum_of_factors(source: LowRankSource, vectors: int, device: torch.device) -> Spectrum:
+    delta = read_low_rank(source)
+    lora_A, lora_B = delta.lora_A.to(device), delta.lora_B.to(device)
+    scale = float(lora_A.norm() * lora_B.norm())
+    if not math.isfinite(scale):
+        message = "its factors hold NaN or infinity."
+        raise NumericalError(message)
+    left, values, right = (t.cpu() for t in svd_of_product(lora_B, lora_A))
+    bound = sum(source.view.shape) * EPS * scale
+    kept = min(vectors, int((values > bound).sum()))
+    vector_pair = (left[:, :kept], right[:, :kept]) if vectors else (None, None)
+    return Spectrum(values, source.view.shape, float(values.square().sum()), "qr-of-factors", bound, *vector_pair)
+
+
+def _located(task: Task, cause: NumericalError) -> NumericalError:
+    """Say which stored tensor holds the first NaN or infinity, and where."""
+    for side, source in (("base", task.pair.base), ("tuned", task.pair.tuned)):
+        for spec in _specs(source):
+            index = first_non_finite(read_tensor(spec))
+            if index is not None:
+                message = (
+                    f"The {side} tensor '{spec.name}' in {spec.file} holds NaN or infinity at index {index}: "
+                    "repair or retrain the checkpoint, or leave the tensor out with --exclude."
+                )
+                return NumericalError(message)
+    return NumericalError(f"'{task.store_key}' cannot be decomposed: {cause}")
+
+
+def _specs(source: MatrixSource | LowRankSource) -> list[TensorSpec]:
+    if isinstance(source, MatrixSource):
+        return [spec for spec in (source.spec, source.spec.scale) if spec is not None]
+    return [spec for term in source.terms for spec in (term.lora_A, term.lora_B)]

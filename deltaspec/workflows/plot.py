@@ -1,0 +1,111 @@
+"""Draw a finished run: every figure, beside the CSV it draws."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+from deltaspec.errors import OptionError, RunError
+from deltaspec.plots.figures import FIGURES
+from deltaspec.plots.style import find_venue, use_venue
+from deltaspec.plots.tables import Columns, Floats
+from deltaspec.store.record import write_atomically
+from deltaspec.types import MatrixRecord
+
+if TYPE_CHECKING:
+    from deltaspec.store.run import Run
+
+# Without a date, the same run always gives the same bytes.
+METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+
+
+def plot(
+    run: Run, out: Path | None = None, *, formats: Sequence[str] = ("pdf", "svg", "png"), style: str = "neurips"
+) -> list[Path]:
+    """Write every figure of a run, each beside the CSV of what it draws; return the paths.
+
+    Figures by depth are left out where no matrix lies in a block.
+
+    Parameters
+    ----------
+    run : Run
+    out : Path, optional
+        Folder, created where it is missing; by default ``figures`` inside the run.
+    formats : sequence of pdf, svg, png
+    style : neurips, icml, acl or slides
+
+    Raises
+    ------
+    OptionError
+        If a format or the style is unknown.
+    RunError
+        If the run holds no records, or a file cannot be written.
+    """
+    find_venue(style)
+    _check_formats(formats)
+    records = _read_records(run)
+
+    def values(record: MatrixRecord) -> Floats:
+        singular_values: Floats = run.spectrum(record.store_key).singular_values.numpy()
+        return singular_values
+
+    folder = run.path / "figures" if out is None else out
+    written: list[Path] = []
+    for name, entry in FIGURES.items():
+        columns = entry.tabulate(records, values)
+        if columns:
+            contents = render_figure(entry.draw(columns, style=style), formats=formats, style=style)
+            contents["csv"] = render_csv(columns)
+            written += [_write(folder / f"{name}.{ending}", data) for ending, data in contents.items()]
+    return written
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    if not formats or any(name not in METADATA for name in formats):
+        message = f"--format is '{','.join(formats)}': expected some of {', '.join(METADATA)}."
+        raise OptionError(message)
+
+
+def _read_records(run: Run) -> list[MatrixRecord]:
+    records = list(run.records)
+    if not records:
+        message = f"Cannot plot '{run.path}': it holds no finished matrix; run deltaspec analyze to the end first."
+        raise RunError(message)
+    return records
+
+
+def render_figure(figure: Figure, *, formats: Sequence[str], style: str) -> dict[str, bytes]:
+    """Return a figure's bytes in each format; the same figure always gives the same bytes."""
+    contents = {}
+    with use_venue(style):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, so that every format has the same geometry
+        for ending in formats:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, metadata=METADATA[ending])
+            contents[ending] = buffer.getvalue()
+    return contents
+
+
+def render_csv(columns: Columns) -> bytes:
+    """Return columns as CSV: absent numbers are empty, floats have the digits that identify them."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    for row in zip(*columns.values(), strict=True):
+        writer.writerow(["" if value is None or value != value else value for value in row])
+    return buffer.getvalue().encode()
+
+
+def _write(path: Path, data: bytes) -> Path:
+    try:
+        write_atomically(path, data)
+    except OSError as cause:
+        message = f"Cannot write '{path}' ({cause.strerror or cause}): choose a writable folder with -o."
+        raise RunError(message) from cause
+    return path

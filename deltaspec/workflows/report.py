@@ -1,0 +1,37 @@
+"""Plans and runs as plain data, for dry runs and for machines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaspec.pairing.plan import Plan
+from deltaspec.store.run import Run
+from deltaspec.types import LowRankSource
+
+
+def plan_rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row for each matrix that would be decomposed."""
+    rows = []
+    for pair in plan.pairs:
+        kinds = "factors" if isinstance(pair.tuned, LowRankSource) else pair.tuned.spec.dtype
+        key = pair.key
+        place = {"role": key.role, "stack": key.stack, "depth": key.depth, "expert": key.expert}
+        rows.append({"matrix": str(key), **place, "shape": f"{pair.shape[0]}×{pair.shape[1]}", "tuned": kinds})
+    return rows
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """Return a plan as one JSON object."""
+    return {"family": plan.family, "pairs": plan_rows(plan), "skipped": plan.skipped, "notes": plan.notes}
+
+
+def run_to_json(run: Run) -> dict[str, Any]:
+    """Return all that a run says as one JSON object."""
+    return {
+        "run": str(run.path),
+        "manifest": run.manifest,
+        "records": run.to_dicts(),
+        "vectors": run.vectors,
+        "failures": run.failures,
+        "missing": run.missing,
+    }

@@ -1,0 +1,109 @@
+"""A run → the rows of its tables: by role, by depth, by matrix."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from deltaspec.architecture.roles import ROLES
+from deltaspec.pairing.names import natural_order
+from deltaspec.store.run import Run
+from deltaspec.types import MatrixRecord
+
+COLUMNS = (
+    "relative_norm",
+    "effective_rank",
+    "effective_rank_ratio",
+    "rank_90",
+    "rank_90_ratio",
+    "stable_rank",
+    "rank_above_rounding",
+    "rank_above_noise",
+)
+
+
+def by_role(records: list[MatrixRecord]) -> list[dict[str, Any]]:
+    """One row for each spectrum, stack and role: number of matrices and the median of each of COLUMNS."""
+    order = {role: i for i, role in enumerate(ROLES)}
+    return _grouped(
+        records,
+        lambda r: (r.spectrum_of, r.key.stack, r.key.role),
+        lambda k: (k[0], k[1], order.get(k[2], len(order))),
+        ("spectrum_of", "stack", "role"),
+    )
+
+
+def by_depth(records: list[MatrixRecord]) -> list[dict[str, Any]]:
+    """One row for each spectrum, stack and block: number of matrices and the median of each of COLUMNS."""
+    inside = [record for record in records if record.key.depth is not None]
+    return _grouped(
+        inside, lambda r: (r.spectrum_of, r.key.stack, r.key.depth), lambda k: k, ("spectrum_of", "stack", "depth")
+    )
+
+
+def by_matrix(records: list[MatrixRecord]) -> list[dict[str, Any]]:
+    """One row for each record, with COLUMNS as they are."""
+    rows = []
+    for record in sorted(records, key=lambda r: natural_order(r.store_key)):
+        row = {"matrix": record.store_key, "role": record.key.role, "shape": f"{record.shape[0]}×{record.shape[1]}"}
+        rows.append({**row, **{name: record.metrics[name] for name in COLUMNS}, "unresolved": _unresolved([record])})
+    return rows
+
+
+VIEWS = {"role": by_role, "depth": by_depth, "matrix": by_matrix}
+
+
+def _unresolved(records: list[MatrixRecord]) -> int:
+    return sum(record.metrics["resolved"] is False for record in records)
+
+
+def _grouped(
+    records: list[MatrixRecord],
+    key: Callable[[MatrixRecord], tuple[Any, ...]],
+    order: Callable[[tuple[Any, ...]], Any],
+    names: tuple[str, ...],
+) -> list[dict[str, Any]]:
+    groups: defaultdict[tuple[Any, ...], list[MatrixRecord]] = defaultdict(list)
+    for record in records:
+        groups[key(record)].append(record)
+    rows = []
+    for place in sorted(groups, key=order):
+        group = groups[place]
+        medians = {}
+        for name in COLUMNS:
+            values = [v for v in (record.metrics[name] for record in group) if v is not None]
+            medians[name] = median(values) if values else None
+        rows.append(
+            {
+                **dict(zip(names, place, strict=True)),
+                "matrices": len(group),
+                **medians,
+                "unresolved": _unresolved(group),
+            }
+        )
+    return rows
+
+
+def skipped_by_reason(run: Run) -> list[tuple[str, list[str]]]:
+    """Reasons with the tensors they leave out, most first."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for row in run.skipped:
+        groups[row["reason"]].append(row["tensor"])
+    return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def vectors_by_role(run: Run) -> list[dict[str, Any]]:
+    """Norms and biases: how many, how many unchanged, and the median relative change."""
+    counts = Counter(row["role"] for row in run.vectors)
+    rows = []
+    for role, count in sorted(counts.items()):
+        changes = [
+            row["relative_norm"] for row in run.vectors if row["role"] == role and row["relative_norm"] is not None
+        ]
+        still = sum(row["unchanged_fraction"] == 1.0 for row in run.vectors if row["role"] == role)
+        rows.append(
+            {"role": role, "vectors": count, "unchanged": still, "relative_norm": median(changes) if changes else None}
+        )
+    return rows

@@ -1,0 +1,66 @@
+"""Norms and biases: their relative change, one row each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import DeltaspecError
+from deltaspec.io.matrix import read_tensor
+from deltaspec.linalg.numerics import first_non_finite
+from deltaspec.pairing.plan import Plan, VectorPair
+from deltaspec.store.run import Run
+from deltaspec.types import TensorSpec
+
+
+def compare_vectors(plan: Plan, run: Run) -> None:
+    """Store the relative change of every norm and bias; those that hold NaN are recorded failures.
+
+    Parameters
+    ----------
+    plan : Plan
+    run : Run
+        Skipped where a finished table is there already.
+    """
+    if (run.path / "vectors.json").exists():
+        return
+    rows = []
+    for pair in plan.vectors:
+        row, problem = _compare(pair)
+        if problem:
+            run.put_failure(pair.key, pair.key.tensor, problem)
+        rows.append(row)
+    run.put_vectors(rows)
+
+
+def _read(spec: TensorSpec | None, rows: int | None) -> Tensor:
+    if spec is None:
+        return torch.zeros(0, dtype=torch.float64)
+    return read_tensor(spec).to(torch.float64).reshape(-1)[:rows]
+
+
+def _compare(pair: VectorPair) -> tuple[dict[str, Any], str]:
+    """Return one row, and the sentence that says why it is empty if it is."""
+    size = pair.tuned.shape[0] if pair.tuned.shape else 1
+    key = pair.key
+    row: dict[str, Any] = {"tensor": key.tensor, "role": key.role, "depth": key.depth, "stack": key.stack, "size": size}
+    empty: dict[str, Any] = {**row, "base_norm": None, "relative_norm": None, "unchanged_fraction": None}
+    try:
+        base, tuned = _read(pair.base, pair.rows), _read(pair.tuned, pair.rows)
+    except DeltaspecError as error:
+        return empty, str(error)
+    for side, values, spec in (("base", base, pair.base), ("tuned", tuned, pair.tuned)):
+        index = first_non_finite(values)
+        if spec is not None and index is not None:
+            return empty, (
+                f"The {side} tensor '{spec.name}' in {spec.file} holds NaN or infinity at index {index}: "
+                "repair or retrain the checkpoint, or leave the tensor out with --exclude."
+            )
+    change = tuned * pair.scaling if pair.scaling is not None else tuned - base
+    norm = math.sqrt(float(base.square().sum()))
+    relative = math.sqrt(float(change.square().sum())) / norm if norm else None
+    unchanged = float((change == 0).double().mean())
+    return {**row, "base_norm": norm, "relative_norm": relative, "unchanged_fraction": unchanged}, ""

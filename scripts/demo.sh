@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up everything and does the main job on a real pair: MiniLM-L6 and its fine-tune on SRE text (91 MB each).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+make_environment .venv ''
+eval "$(.venv/bin/python scripts/headline_pair.py)"
+.venv/bin/deltaspec analyze "$BASE" "$TUNED" -o runs/demo
+.venv/bin/deltaspec plot runs/demo -o figures

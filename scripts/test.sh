@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up everything and passes the tests: formatting, types, import floors, then pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+make_environment .venv-test '[test]'
+bin=.venv-test/bin
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} MPLBACKEND=Agg HF_HUB_DISABLE_TELEMETRY=1
+if [ $# -eq 0 ]; then
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/mypy"
+    "$bin/lint-imports"
+fi
+exec "$bin/python" -m pytest "$@"

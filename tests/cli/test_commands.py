@@ -1,0 +1,218 @@
+"""Every command as a person would type it: output, exit codes, and what a mistake is answered with."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import resource
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from deltaspec.cli.main import COMMANDS, cli
+from deltaspec.options import AnalyzeOptions
+from deltaspec.spectra.metrics import METRICS
+from tests.families import FAMILIES, random_state, write
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+LLAMA = FAMILIES["llama"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def models(tmp_path):
+    base = random_state(LLAMA)
+    tuned = {n: t + 0.01 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) for n, t in base.items()}
+    return [write(tmp_path / side, state, LLAMA.config) for side, state in (("base", base), ("tuned", tuned))]
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    assert call("analyze", *models, "-o", tmp_path / "run", "--quiet").exit_code == 0
+    return tmp_path / "run"
+
+
+def test_analyze_prints_a_line_per_role_and_per_depth(models, tmp_path):
+    result = call("analyze", *models, "-o", tmp_path / "run")
+    assert result.exit_code == 0
+    for role in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed"):
+        assert re.search(rf"^{role} +\d+ ", result.output, re.MULTILINE)
+    assert re.search(r"^depth +matrices", result.output, re.MULTILINE)
+    assert re.search(r"^norm +\d+ ", result.output, re.MULTILINE)
+    assert "rounding" in result.output
+    assert str(tmp_path / "run") in result.output
+
+
+def test_json_is_one_object_with_everything(models, tmp_path):
+    result = call("analyze", *models, "-o", tmp_path / "run", "--json", "--quiet")
+    found = json.loads(result.stdout)
+    assert set(found["records"][0]) >= {"tensor", "role", "d_out", *METRICS}
+    assert found["failures"] == {}
+    assert found["vectors"]
+
+
+def test_a_dry_run_lists_and_writes_nothing(models, tmp_path):
+    result = call("analyze", *models, "-o", tmp_path / "run", "--dry-run")
+    assert result.exit_code == 0
+    assert "model.layers.0.self_attn.q_proj.weight" in result.output
+    assert not (tmp_path / "run").exists()
+    assert json.loads(call("analyze", *models, "--dry-run", "--json").stdout)["pairs"]
+
+
+@pytest.mark.parametrize("by", ["role", "depth", "matrix"])
+def test_show(run, by):
+    result = call("show", run, "--by", by)
+    assert result.exit_code == 0
+    assert {"role": "q_proj", "depth": "depth", "matrix": "model.layers.0.self_attn.q_proj.weight"}[by] in result.output
+
+
+def test_exports_hold_the_same_rows(run, tmp_path):
+    rows = json.loads(call("export", run, "--format", "json").stdout)
+    assert isinstance(rows, list)
+    lines = list(csv.DictReader(io.StringIO(call("export", run).stdout)))
+    assert [line["tensor"] for line in lines] == [row["tensor"] for row in rows]
+    assert float(lines[0]["effective_rank"]) == rows[0]["effective_rank"]
+    assert call("export", run, "--format", "parquet", "-o", tmp_path / "x.parquet").exit_code == 0
+    assert pyarrow.parquet.read_table(tmp_path / "x.parquet").to_pylist() == rows
+    wanted = ["tensor", "part", "role", "depth", "expert", "d_out", "d_in", "base_dtype", "tuned_dtype", "spectrum_of"]
+    assert set(wanted) | set(METRICS) <= set(rows[0])
+
+
+def test_spectra_of_both_sides(models, tmp_path):
+    result = call(
+        "analyze", *models, "-o", tmp_path / "run", "--spectra", "base,tuned,delta", "--vectors", "2", "--quiet"
+    )
+    assert result.exit_code == 0
+    rows = json.loads(call("export", tmp_path / "run", "--format", "json").stdout)
+    assert {row["spectrum_of"] for row in rows} == {"base", "tuned", "delta"}
+    base = next(row for row in rows if row["spectrum_of"] == "base")
+    delta = next(row for row in rows if row["spectrum_of"] == "delta" and row["tensor"] == base["tensor"])
+    assert base["frobenius_norm"] == pytest.approx(delta["base_norm"], rel=1e-12)
+    assert "base " in result.output
+
+
+def test_a_failed_matrix_exits_1_and_the_others_are_there(models, tmp_path):
+    base = random_state(LLAMA)
+    bad = "model.layers.0.self_attn.q_proj.weight"
+    base[bad][3, 1] = float("nan")
+    norm = next(n for n in base if "norm" in n)
+    base[norm][0] = float("inf")
+    write(tmp_path / "bad", base, LLAMA.config)
+    result = call("analyze", tmp_path / "bad", models[1], "-o", tmp_path / "run", "--quiet")
+    assert result.exit_code == 1
+    assert f"base tensor '{bad}'" in result.output
+    assert "index (3, 1)" in result.output
+    assert f"'{norm}'" in result.output
+    assert "v_proj" in result.output
+    assert call("show", tmp_path / "run").exit_code == 1
+
+
+MISTAKES = {
+    "missing": (["analyze", "nowhere/at/all", "{tuned}"], "nowhere/at/all"),
+    "option": (["analyze", "{base}", "{tuned}", "--device", "tpu"], "--device"),
+    "spectra": (["analyze", "{base}", "{tuned}", "--spectra", "delta,gamma"], "--spectra"),
+    "regex": (["analyze", "{base}", "{tuned}", "--include", "("], "--include"),
+    "vocab": (["analyze", "{base}", "{tuned}", "--vocab", "all"], "--vocab"),
+    "vectors": (["analyze", "{base}", "{tuned}", "--vectors", "-1"], "--vectors"),
+    "one": (["analyze", "{base}"], "TUNED"),
+    "run": (["show", "{base}"], "manifest.json"),
+    "command": (["analyse", "{base}"], "analyse"),
+    "other run": (["analyze", "{base}", "{base}", "-o", "{run}"], "tuned.files"),
+    "no run": (["analyze", "{base}", "{tuned}", "-o", "{base}"], "not a run directory"),
+    "plot": (["plot", "{base}"], "manifest.json"),
+    "export": (["export", "{run}", "-o", "{base}/model.safetensors/x"], "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_2(mistake, models, run):
+    words, said = MISTAKES[mistake]
+    places = {"base": models[0], "tuned": models[1], "run": run}
+    result = call(*(word.format(**places) for word in words))
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_an_unreadable_file_is_named(models, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes((models[0] / "model.safetensors").read_bytes()[:5000])
+    result = call("analyze", models[0], tmp_path / "cut.safetensors")
+    assert result.exit_code == 2
+    assert "cut.safetensors" in result.output
+
+
+def test_a_read_only_folder_is_said_to_be(models):
+    """/proc refuses new folders to everyone, root included."""
+    result = call("analyze", *models, "-o", "/proc/deltaspec/run")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
+
+
+def test_a_file_in_the_way_of_the_run_is_named(models, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = call("analyze", *models, "-o", tmp_path / "file" / "run")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.output
+
+
+def test_stored_adapters_of_a_zero_delta(models, tmp_path):
+    """Base against itself: zero everywhere, and not rank 1."""
+    result = call("analyze", models[0], models[0], "-o", tmp_path / "run", "--json", "--quiet")
+    for record in json.loads(result.stdout)["records"]:
+        assert (record["effective_rank"], record["rank_90"], record["relative_norm"]) == (0, 0, 0)
+
+
+def test_help_loads_no_torch_and_is_quick():
+    """Start-up is at most 0.3 s of CPU; the best of three, for a busy machine slows the others."""
+    code = (
+        "import sys; from deltaspec.cli.main import cli\n"
+        "try: cli(['--help'])\nexcept SystemExit: pass\n"
+        "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    best = 9.0
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert done.stdout.strip().endswith("False False")
+    assert all(name in done.stdout for name in COMMANDS)
+    assert best < 0.3
+
+
+def test_every_command_is_in_the_readme_with_an_example():
+    text = README.read_text()
+    assert all(f"deltaspec {name} " in text for name in COMMANDS)
+
+
+def test_the_command_line_takes_its_defaults_from_the_options():
+    parameters = cli.get_command(None, "analyze").make_context("analyze", ["base", "tuned"]).params
+    for field in fields(AnalyzeOptions):
+        default = ",".join(field.default) if field.name == "spectra" else field.default
+        assert parameters[field.name] == default
+
+
+def test_a_hostile_name_prints_no_control_characters(tmp_path):
+    """Terminal escapes in a tensor's name reach neither terminal nor file system."""
+    name = "evil\x1b[2J.weight"
+    for side, seed in (("a", 0), ("b", 1)):
+        save_file(
+            {name: torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))}, tmp_path / f"{side}.safetensors"
+        )
+    call("analyze", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "-o", tmp_path / "run", "--quiet")
+    result = call("show", tmp_path / "run", "--by", "matrix")
+    assert result.exit_code == 0
+    assert r"evil\x1b[2J.weight" in result.output

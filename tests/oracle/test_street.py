@@ -1,0 +1,125 @@
+"""The whole street against NumPy float64: every family, every dtype, every layout."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import deltaspec
+from deltaspec.architecture.match import identify
+from deltaspec.architecture.views import view_matrix
+from tests.families import FAMILIES, random_state, write
+from tests.oracle.reference import metrics
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CPU = deltaspec.AnalyzeOptions(device="cpu")
+
+
+def tune(state, share=0.03):
+    """A rank-2 update and a little dense noise on every floating tensor, rounded to the tensor's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    tuned = {}
+    for name, tensor in state.items():
+        flat = tensor.double().reshape(tensor.shape[0], -1) if tensor.ndim > 1 else tensor.double().reshape(1, -1)
+        low = torch.randn(flat.shape[0], 2, generator=generator, dtype=torch.float64)
+        update = low @ torch.randn(2, flat.shape[1], generator=generator, dtype=torch.float64)
+        update += 0.05 * torch.randn(flat.shape, generator=generator, dtype=torch.float64)
+        tuned[name] = (flat + share * update).reshape(tensor.shape).to(tensor.dtype)
+    return tuned
+
+
+def store(folder, state, config, layout):
+    if layout != "pickled":
+        return write(folder, state, config, shards=3 if layout == "sharded" else 1)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save({"state_dict": state}, folder / "pytorch_model.bin")
+    return folder
+
+
+def assert_equal(found, expected, where):
+    for name, value in expected.items():
+        got = found[name]
+        if value is None or isinstance(value, bool | np.bool_):
+            assert got == value, (where, name)
+        elif isinstance(value, int | np.integer):
+            assert got == value, (where, name, got, value)
+        else:
+            assert got == pytest.approx(value, rel=2e-6, abs=1e-12), (where, name)
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "pickled"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_dtype_and_layout(name, dtype, layout, tmp_path):
+    family = FAMILIES[name]
+    base = random_state(family, dtype=DTYPES[dtype])
+    tuned = tune(base)
+    folders = [store(tmp_path / side, state, family.config, layout) for side, state in (("b", base), ("t", tuned))]
+    run = deltaspec.analyze(*folders, tmp_path / "run", options=CPU)
+    assert not run.failures
+    known = identify({n: tuple(t.shape) for n, t in base.items()}, family.config)
+    tied = {row["tensor"] for row in run.skipped}
+    expected = {i.key: i.view for n, found in known.matrices.items() if n not in tied for i in found}
+    assert {record.key for record in run.records} == set(expected)
+    for record in run.records:
+        before, after = (
+            view_matrix(s[record.key.tensor], expected[record.key]).double().numpy() for s in (base, tuned)
+        )
+        assert (record.base_dtype, record.tuned_dtype) == (dtype, dtype)
+        assert_equal(record.metrics, metrics(before, after, dtype), record.store_key)
+        values = run.spectrum(record.store_key).singular_values.numpy()
+        exact = np.linalg.svd(after - before, compute_uv=False)
+        assert abs(values - exact).max() <= record.error_bound
+    changes = {row["tensor"]: row["relative_norm"] for row in run.vectors}
+    assert set(changes) == set(known.vectors) - tied
+    for tensor, change in changes.items():
+        before, after = base[tensor].double(), tuned[tensor].double()
+        assert change == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-12)
+
+
+def test_fp8_with_block_scales_is_dequantised_and_its_rounding_known(tmp_path):
+    """Both sides fp8: the edge holds the rounding of both, and covers it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(384, 256, generator=generator) * 0.02
+    update = torch.randn(384, 4, generator=generator) @ torch.randn(4, 256, generator=generator) * 0.004
+    dense = {}
+    for side, real in (("base", weight), ("tuned", weight + update)):
+        scale = real.view(3, 128, 2, 128).abs().amax((1, 3)) / 448
+        spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        codes = (real / spread).to(torch.float8_e4m3fn)
+        dense[side] = codes.double() * spread.double()
+        name = "model.layers.0.self_attn.q_proj.weight"
+        (tmp_path / side).mkdir()
+        save_file({name: codes, f"{name}_scale_inv": scale}, tmp_path / side / "model.safetensors")
+        config = {
+            "model_type": "llama",
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        }
+        (tmp_path / side / "config.json").write_text(json.dumps(config))
+    run = deltaspec.analyze(tmp_path / "base", tmp_path / "tuned", tmp_path / "run", options=CPU)
+    (record,) = run.records
+    exact = np.linalg.svd((dense["tuned"] - dense["base"]).numpy(), compute_uv=False)
+    assert abs(run.spectrum(record.store_key).singular_values.numpy() - exact).max() < 1e-6 * exact[0]
+    noise = np.linalg.svd((dense["tuned"] - dense["base"] - update.double()).numpy(), compute_uv=False)
+    assert 1 < record.metrics["rounding_edge"] / noise[0] < 1.3
+    assert record.metrics["rank_above_rounding"] == 4
+
+
+def test_bf16_saved_as_fp32_is_seen(tmp_path):
+    """Values that lie on bf16's grid carry bf16's rounding, whatever dtype they are stored in."""
+    family = FAMILIES["llama"]
+    base = {n: t.float() for n, t in random_state(family, dtype=torch.bfloat16).items()}
+    tuned = {n: t.bfloat16().float() for n, t in tune(base).items()}
+    folders = [write(tmp_path / side, state, family.config) for side, state in (("b", base), ("t", tuned))]
+    run = deltaspec.analyze(*folders, tmp_path / "run", options=CPU)
+    for record in run.records:
+        before, after = (state[record.key.tensor].double().numpy() for state in (base, tuned))
+        assert record.metrics["rounding_edge"] == pytest.approx(
+            metrics(before, after, "BF16")["rounding_edge"], rel=1e-6
+        )
+        assert any("BF16 saved as F32" in note for note in record.notes)

@@ -1,0 +1,139 @@
+"""Adapters as the tuned side: their spectra equal those of the dense product, which is never formed."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import deltaspec
+from deltaspec.errors import PairingError
+from tests.families import FAMILIES, random_state, write
+
+OPTIONS = deltaspec.AnalyzeOptions(device="cpu", vectors=2)
+
+
+def adapter(folder, factors, *, alpha=8, r=4, **config):
+    """Write a PEFT LoRA folder: factors maps a module path to (A, B)."""
+    folder.mkdir()
+    fields = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "base",
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": list(factors),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **config}))
+    state = {}
+    for path, (a, b) in factors.items():
+        state[f"base_model.model.{path}.lora_A.weight"], state[f"base_model.model.{path}.lora_B.weight"] = a, b
+    save_file(state, folder / "adapter_model.safetensors")
+    return folder
+
+
+def factors(d_out, d_in, r=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(r, d_in, generator=g), torch.randn(d_out, r, generator=g)
+
+
+def assert_spectrum(run, record, dense):
+    exact = np.linalg.svd(dense, compute_uv=False)
+    found = run.spectrum(record.store_key)
+    k = len(found.singular_values)
+    assert np.allclose(found.singular_values.numpy(), exact[:k], rtol=1e-10, atol=1e-10)
+    assert np.allclose(exact[k:], 0, atol=1e-9)
+    u, s, vt = np.linalg.svd(dense)
+    assert np.allclose(
+        ((found.left * found.singular_values[:2]) @ found.right.mT).numpy(), (u[:, :2] * s[:2]) @ vt[:2], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 8 / 4), (True, 8 / math.sqrt(4))])
+def test_an_adapter_against_its_base(rslora, scaling, tmp_path):
+    family = FAMILIES["llama"]
+    state = random_state(family)
+    base = write(tmp_path / "base", state, family.config)
+    names = [n.removesuffix(".weight") for n in state if "q_proj" in n or "down_proj" in n]
+    parts = {n: factors(*state[f"{n}.weight"].shape, seed=i) for i, n in enumerate(names)}
+    run = deltaspec.analyze(
+        base, adapter(tmp_path / "lora", parts, use_rslora=rslora), tmp_path / "run", options=OPTIONS
+    )
+    assert {r.key.tensor for r in run.records} == {f"{n}.weight" for n in names}
+    for record in run.records:
+        a, b = parts[record.key.tensor.removesuffix(".weight")]
+        assert_spectrum(run, record, scaling * (b.double() @ a.double()).numpy())
+        weight = state[record.key.tensor].double()
+        assert record.metrics["base_norm"] == pytest.approx(float(weight.norm()), rel=1e-12)
+        assert record.metrics["rank_above_rounding"] == 4
+        assert record.metrics["resolved"] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("gpt2", "attn.c_attn"), ("gpt_neox", "query_key_value"), ("phi3", "qkv_proj")]
+)
+def test_a_fused_module_gives_each_part_its_rows(name, module, tmp_path):
+    """The adapter merged into the base as a checkpoint must give the same spectra part by part."""
+    family = FAMILIES[name]
+    state = random_state(family, dtype=torch.float64)
+    tensor = next(n for n in state if module in n and n.endswith("weight"))
+    stored = state[tensor]
+    shape = tuple(stored.shape[::-1]) if name == "gpt2" else tuple(stored.shape)
+    a, b = (f.double() for f in factors(*shape))
+    merged = dict(state)
+    merged[tensor] = stored + 2 * ((b @ a).T if name == "gpt2" else b @ a)
+    base, tuned = write(tmp_path / "base", state, family.config), write(tmp_path / "tuned", merged, family.config)
+    lora = adapter(tmp_path / "lora", {tensor.removesuffix(".weight"): (a, b)}, fan_in_fan_out=name == "gpt2")
+    low = deltaspec.analyze(base, lora, tmp_path / "low", options=OPTIONS)
+    dense = deltaspec.analyze(base, tuned, tmp_path / "dense", options=OPTIONS)
+    assert len(low.records) == 3
+    for record in low.records:
+        full = dense.spectrum(record.store_key).singular_values
+        assert torch.allclose(low.spectrum(record.store_key).singular_values, full[:4], rtol=1e-9)
+        twin = next(r for r in dense.records if r.store_key == record.store_key)
+        assert record.metrics["base_norm"] == pytest.approx(twin.metrics["base_norm"], rel=1e-12)
+
+
+def test_adapter_against_adapter_is_the_difference_of_products(tmp_path):
+    path = "model.layers.0.self_attn.q_proj"
+    one, other, alone = factors(12, 10), factors(12, 10, seed=1), factors(6, 10, seed=2)
+    first = adapter(tmp_path / "one", {path: one})
+    second = adapter(tmp_path / "two", {path: other, "model.layers.0.self_attn.k_proj": alone}, alpha=4)
+    run = deltaspec.analyze(first, second, tmp_path / "run", options=OPTIONS)
+    dense = {
+        path: 1.0 * (other[1].double() @ other[0].double()) - 2.0 * (one[1].double() @ one[0].double()),
+        "model.layers.0.self_attn.k_proj": alone[1].double() @ alone[0].double(),
+    }
+    assert {r.key.role for r in run.records} == {"q_proj", "k_proj"}
+    for record in run.records:
+        assert_spectrum(run, record, dense[record.key.tensor.removesuffix(".weight")].numpy())
+    q = next(r for r in run.records if r.key.role == "q_proj")
+    assert q.metrics["base_norm"] == pytest.approx(2 * float((one[1].double() @ one[0].double()).norm()), rel=1e-9)
+
+
+def test_wrong_bases_are_refused_by_name_and_shape(tmp_path):
+    family = FAMILIES["llama"]
+    state = random_state(family)
+    base = write(tmp_path / "base", state, family.config)
+    with pytest.raises(PairingError, match="targets 'elsewhere.weight'"):
+        deltaspec.analyze(base, adapter(tmp_path / "a", {"elsewhere": factors(4, 4)}), tmp_path / "r", options=OPTIONS)
+    name = next(n for n in state if "q_proj" in n).removesuffix(".weight")
+    with pytest.raises(PairingError, match="base has shape"):
+        deltaspec.analyze(base, adapter(tmp_path / "b", {name: factors(5, 7)}), tmp_path / "r", options=OPTIONS)
+    with pytest.raises(PairingError, match="swap the two"):
+        deltaspec.analyze(tmp_path / "b", base, tmp_path / "r", options=OPTIONS)
+
+
+def test_spectra_of_a_tuned_weight_that_is_only_factors_is_a_recorded_failure(tmp_path):
+    family = FAMILIES["llama"]
+    state = random_state(family)
+    base = write(tmp_path / "base", state, family.config)
+    name = next(n for n in state if "q_proj" in n).removesuffix(".weight")
+    lora = adapter(tmp_path / "lora", {name: factors(*state[f"{name}.weight"].shape)})
+    options = deltaspec.AnalyzeOptions(device="cpu", spectra=("delta", "base", "tuned"))
+    run = deltaspec.analyze(base, lora, tmp_path / "run", options=options)
+    assert {r.spectrum_of for r in run.records} == {"delta", "base"}
+    assert "merged" in run.failures[f"{name}.weight#tuned"]

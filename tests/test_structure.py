@@ -1,0 +1,82 @@
+"""The house: floors, sizes, docstrings, and tables that say what they hold."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import deltaspec
+from deltaspec.architecture.roles import ROLES
+from deltaspec.cli.main import COMMANDS
+from deltaspec.linalg.svd import ROUTES
+from deltaspec.plots.figures import FIGURES
+from deltaspec.plots.style import ROLE_STYLE
+from deltaspec.spectra.metrics import METRICS
+
+ROOT = Path(deltaspec.__file__).resolve().parent
+FILES = sorted(ROOT.rglob("*.py"))
+README = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+
+
+def functions(path):
+    return [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.FunctionDef)]
+
+
+def test_a_module_imports_lower_floors_only():
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_functions_and_signatures_stay_small(path):
+    """STYLE: 250 lines a file, 40 statements' lines a function beside its docstring, three positional parameters."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 260
+    for function in functions(path):
+        body = function.body[1:] if ast.get_docstring(function) else function.body
+        assert not body or body[-1].end_lineno - body[0].lineno < 45, function.name
+        if path.parent.name != "cli":
+            positional = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
+            assert len(positional) <= 6, (function.name, positional)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_everything_public_is_documented(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+def test_public_names_resolve_lazily():
+    code = (
+        "import sys, deltaspec; assert 'torch' not in sys.modules; [getattr(deltaspec, n) for n in deltaspec.__all__]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = deltaspec.nothing
+
+
+def test_the_readme_has_every_metric_command_figure_and_role():
+    assert all(f"`{name}`" in README for name in METRICS)
+    assert all(f"deltaspec {name} " in README for name in COMMANDS)
+    assert all(f"`{name}`" in README for name in FIGURES)
+    assert all(f"`{name}`" in README for name in ROLES)
+
+
+def test_tables_are_complete():
+    assert set(ROLE_STYLE) >= set(ROLES)
+    assert all(ROLES.values())
+    assert {route.device for route in ROUTES} == {"cpu", "cuda"}
+
+
+def test_torch_is_a_range_in_the_project_and_pinned_beside_it():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "torch>=2.4" in project["dependencies"]
+    assert (ROOT.parent / "scripts" / "constraints.txt").read_text().strip() == "torch==2.13.0"
