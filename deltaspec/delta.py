@@ -11,7 +11,7 @@ from deltaspec.io.matrix import StoredMatrix, open_matrix
 from deltaspec.linalg.numerics import GRIDS, UPCAST, binade, lies_on
 from deltaspec.types import MatrixSource, Rounding
 
-BLOCK = 1 << 20  # elements of a block: 8 MB in float64, so that passes over it stay in cache
+BLOCK = 1 << 19  # elements of a block: 4 MB in float64, so that passes over it stay in cache
 
 
 class DenseDelta:

@@ -63,21 +63,30 @@ def make_llama(folder: Path, *, layers: int, hidden: int, inner: int, rank: int 
         save_file(state, folder / side / "model.safetensors")
 
 
+LAUNCH = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+errors = process.stderr.read().decode()
+_, status, usage = os.wait4(process.pid, 0)
+wall = time.perf_counter() - start
+cpu, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+print(json.dumps({"cpu": cpu, "wall": wall, "peak": peak, "status": status, "errors": errors[-500:]}))
+"""
+
+
 def measure(command: list[str], threads: int) -> dict[str, float]:
-    """Run one process to its end and return its CPU seconds, wall seconds and peak memory in MB."""
+    """Run one process to its end and return its CPU seconds, wall seconds and peak memory in MB.
+
+    A small launcher starts it: Linux counts the memory of the process that forks into the child's peak.
+    """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, **dict.fromkeys(names, str(threads)), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{command[:4]} ended with status {status}: {errors[-500:]}")
-    return {
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "wall": time.perf_counter() - start,
-        "peak": usage.ru_maxrss / 1024,
-    }
+    launcher = [sys.executable, "-S", "-c", LAUNCH, *command]
+    found = json.loads(subprocess.run(launcher, env=environment, capture_output=True, check=True).stdout)
+    if found["status"]:
+        sys.exit(f"{command[:4]} ended with status {found['status']}: {found['errors']}")
+    return found
 
 
 def peer() -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up everything and passes the tests: formatting, types, import floors, then pytest. Arguments go to pytest.
+# Sets up everything and passes the tests: formatting, types, then pytest. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
@@ -10,6 +10,5 @@ if [ $# -eq 0 ]; then
     "$bin/ruff" check .
     "$bin/ruff" format --check .
     "$bin/mypy"
-    "$bin/lint-imports"
 fi
 exec "$bin/python" -m pytest "$@"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from deltaspec.errors import NumericalError
 from deltaspec.linalg.gram import accumulate_gram, gram_energy
+from deltaspec.linalg.openblas import find_openblas
 from deltaspec.linalg.signs import fix_signs
-from deltaspec.linalg.twostage import eigenvalues_in_place, two_stage_available
 from deltaspec.types import Spectrum
 
 Blocks = Callable[[], Iterable[Tensor]]
@@ -56,7 +56,7 @@ ROUTES = (
 def choose_route(device: torch.device, need: str, side: int) -> str:
     """Return the method that serves ``need`` (values, vectors or exact) for a matrix whose smaller side is ``side``."""
     fitting = (r.method for r in ROUTES if r.device == device.type and r.need == need and side <= r.max_side)
-    return next(method for method in fitting if method != TWO_STAGE or two_stage_available())
+    return next(method for method in fitting if method != TWO_STAGE or find_openblas())
 
 
 def decompose(
@@ -121,8 +121,8 @@ def _gram_route(
     try:
         if method == "gram64+numpy":
             eigenvalues = torch.from_numpy(np.linalg.eigvalsh(gram.numpy(), UPLO="U"))
-        elif method == TWO_STAGE:
-            eigenvalues = torch.from_numpy(eigenvalues_in_place(gram.numpy()))
+        elif method == TWO_STAGE and (library := find_openblas()):
+            eigenvalues = torch.from_numpy(library.eigenvalues_in_place(gram.numpy()))
         elif method == "gram64+torch":
             eigenvalues = torch.linalg.eigvalsh(gram, UPLO="U")
         else:

@@ -78,7 +78,8 @@ def entropy_rank(weights: Vector) -> float:
     total = float(weights.sum())
     if total == 0.0:
         return 0.0
-    p = weights[weights > 0] / total
+    p = weights / total
+    p = p[p > 0]
     return float(np.exp(-(p * np.log(p)).sum()))
 
 

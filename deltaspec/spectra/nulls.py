@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 NODES = 4096  # midpoint nodes on (0, π): quantiles agree with simulation to less than one direction at side 8192
 Vector = NDArray[np.float64]
@@ -42,7 +41,10 @@ def null_rank(d_out: int, d_in: int, share: float = 0.9) -> int:
     side, length = _shape(d_out, d_in)
     if side == 0:
         return 0
-    last = float(brentq(lambda t: (t - math.sin(2 * t) / 2) / math.pi - share, 0.0, math.pi))
+    low, last = 0.0, math.pi
+    for _ in range(60):  # bisection: the energy above x(θ) grows with θ
+        middle = (low + last) / 2
+        low, last = (middle, last) if middle - math.sin(2 * middle) / 2 < share * math.pi else (low, middle)
     theta = (np.arange(NODES) + 0.5) * last / NODES
     x = 1 + side / length + 2 * math.sqrt(side / length) * np.cos(theta)
     above = float((2 * np.sin(theta) ** 2 / x).sum()) * last / NODES / math.pi

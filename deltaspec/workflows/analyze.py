@@ -128,7 +128,7 @@ def default_path(manifest: dict[str, Any]) -> Path:
 
 
 def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "scipy", "safetensors")}
+    versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
     return {
         "base": {"ref": base.ref, "revision": base.revision, "files": fingerprint(base)},
         "tuned": {"ref": tuned.ref, "revision": tuned.revision, "files": fingerprint(tuned)},

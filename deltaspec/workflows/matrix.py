@@ -47,7 +47,7 @@ def memory_of(task: Task, options: AnalyzeOptions) -> int:
     mapped = sum(WIDTH.get(source.spec.dtype, 1) * side * long for source in sources)
     if len(sources) < 2:
         return mapped + 24 * (side + long) * 1024
-    gram = square + 8 * side * min(1024, side) + mapped + (24 << 20)
+    gram = square + mapped + (16 << 20)
     if options.exact:
         return gram + 8 * side * min(long, 6 * side)
     if options.vectors:

@@ -123,3 +123,38 @@ def test_bf16_saved_as_fp32_is_seen(tmp_path):
             metrics(before, after, "BF16")["rounding_edge"], rel=1e-6
         )
         assert any("BF16 saved as F32" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"vectors": 3}, {"exact": True}], ids=str)
+def test_one_worker_and_two_give_the_same_bits(options, tmp_path):
+    """One BLAS thread works on each matrix, so how many are in flight changes no rounding."""
+    family = FAMILIES["llama"]
+    base = random_state(family, dtype=torch.bfloat16)
+    folders = [write(tmp_path / side, state, family.config) for side, state in (("b", base), ("t", tune(base)))]
+    runs = []
+    for workers in (1, 2, 2):
+        chosen = deltaspec.AnalyzeOptions(device="cpu", workers=workers, **options)
+        runs.append(deltaspec.analyze(*folders, tmp_path / f"run{len(runs)}", options=chosen))
+    for record in runs[0].records:
+        first, *others = (run.spectrum(record.store_key) for run in runs)
+        for other in others:
+            assert torch.equal(first.singular_values, other.singular_values)
+            assert first.left is None or torch.equal(first.left, other.left)
+    assert [r.metrics for r in runs[0].records] == [r.metrics for r in runs[1].records]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral_stacked"])
+def test_the_gpu_measures_what_the_cpu_does(name, dtype, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    family = FAMILIES[name]
+    base = random_state(family, dtype=DTYPES[dtype])
+    folders = [write(tmp_path / side, state, family.config) for side, state in (("b", base), ("t", tune(base)))]
+    one, other = (
+        deltaspec.analyze(*folders, tmp_path / device, options=deltaspec.AnalyzeOptions(device=device))
+        for device in ("cpu", "cuda")
+    )
+    for record, twin in zip(one.records, other.records, strict=True):
+        assert_equal(twin.metrics, record.metrics, record.store_key)
