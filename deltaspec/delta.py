@@ -123,13 +123,13 @@ class _Tally:
         self.base_energy = torch.zeros((), dtype=torch.float64, device=device)
         self.across = torch.zeros(min(shape), dtype=torch.float64, device=device)  # over the longer axis
         self.along_max = torch.zeros((), dtype=torch.float64, device=device)  # largest sum over the shorter axis
-        self.changed = 0
+        self.changed = torch.zeros_like(self.base_energy)
 
     def add(self, span: slice, block: Tensor, after: Tensor) -> None:
         """Count one block of ΔW and the tuned weights it came from."""
         axis = 1 if self.shape[0] >= self.shape[1] else 0  # the shorter axis
-        changed = block.count_nonzero(dim=axis)
-        self.changed += int(changed.sum())
+        changed = block.sign().abs_().sum(axis)  # a count in float64: half the time of count_nonzero
+        self.changed += changed.sum()
         self.grids = [grid for grid in self.grids if lies_on(after, grid=grid)]
         squares = self._squared_spacing(self.spaced[0], span, after)
         for stored in self.spaced[1:]:
@@ -155,7 +155,7 @@ class _Tally:
         tall = self.shape[0] >= self.shape[1]
         along, across = float(self.along_max) * unit, float(self.across.max()) * unit
         return Rounding(
-            unchanged=1 - self.changed / (self.shape[0] * self.shape[1]),
+            unchanged=1 - float(self.changed) / (self.shape[0] * self.shape[1]),
             ulp_energy=float(self.across.sum()) * unit,
             row_max=along if tall else across,
             column_max=across if tall else along,

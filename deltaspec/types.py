@@ -70,7 +70,7 @@ class MatrixKey:
         pieces = [self.tensor]
         if self.part:
             pieces.append(self.part)
-        if self.expert is not None and f".{self.expert}." not in f".{self.tensor}.":
+        if self.expert is not None and f"experts.{self.expert}." not in self.tensor:
             pieces.append(str(self.expert))
         return "/".join(pieces)
 

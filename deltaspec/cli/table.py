@@ -41,6 +41,8 @@ def cell(name: str, value: Any) -> str:
         return f"{100 * value:.0f}%"
     if name == "relative_norm":
         return f"{value:.3g}"
+    if isinstance(value, float) and name.startswith("rank_") and value.is_integer():
+        return str(int(value))  # the median of an even number of counts
     if isinstance(value, float):
         return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
     return str(value)

@@ -84,6 +84,7 @@ def run(
     def needs(item: T) -> int:
         return budget if id(item) in retried else cost(item)
 
+    threads = torch.get_num_threads()
     with (
         threadpool_limits(1),
         ThreadPoolExecutor(len(devices), initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -113,3 +114,4 @@ def run(
         finally:
             for future in flying:
                 future.cancel()
+            torch.set_num_threads(threads)  # a worker's setting reaches MKL in the whole process

@@ -38,7 +38,7 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         plan.notes.append(note)
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
-    unknown = sorted(({*paths} | {*tuned.full}) - set(mapping.values()), key=natural_order)
+    unknown = sorted({*paths} - set(mapping.values()), key=natural_order)
     if unknown:
         message = (
             f"The adapter {tuned.ref} targets '{unknown[0]}', which {base.ref} lacks: "
@@ -56,6 +56,8 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
     for path, bias in tuned.biases.items():
         _pair_bias(plan, base, known, path, bias, tuned.modules[path].scaling)
     refuse_shapes(wrong, vocabulary=False)
+    for name in sorted(tuned.full.keys() - set(mapping.values()), key=natural_order):
+        plan.skip(name, "stored whole in the adapter, and not in the base")
     untouched = sum(name not in mapping for name in known.matrices)
     plan.notes.append(f"{untouched} matrices of the base have no factors in the adapter: their delta is zero")
     return plan

@@ -84,7 +84,8 @@ def _pair_tensor(
     rows = None
     if base.shape != tuned.shape:
         differ_in_rows = len(base.shape) == len(tuned.shape) > 0 and base.shape[1:] == tuned.shape[1:]
-        if options.vocab != "common" or not differ_in_rows:
+        vocabulary = name in known.vectors or known.matrices[name][0].key.role in VOCABULARY_ROLES
+        if options.vocab != "common" or not differ_in_rows or not vocabulary:
             wrong.append((name, base.shape, tuned.shape))
             return
         rows = min(base.shape[0], tuned.shape[0])

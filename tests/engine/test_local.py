@@ -62,6 +62,12 @@ def test_each_item_has_one_blas_thread():
         assert outcome.value == ({1}, 1)
 
 
+def test_the_callers_threads_are_given_back():
+    before = torch.get_num_threads(), {i["filepath"]: i["num_threads"] for i in threadpool_info()}
+    list(run(range(3), lambda item, device: item, devices=TWO, cost=lambda _: 1, budget=10))
+    assert (torch.get_num_threads(), {i["filepath"]: i["num_threads"] for i in threadpool_info()}) == before
+
+
 def test_out_of_memory_is_tried_again_alone():
     tries, running = [], []
 

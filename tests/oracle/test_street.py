@@ -110,6 +110,23 @@ def test_fp8_with_block_scales_is_dequantised_and_its_rounding_known(tmp_path):
     assert record.metrics["rank_above_rounding"] == 4
 
 
+@pytest.mark.parametrize(("before", "after"), [("F32", "BF16"), ("BF16", "F32"), ("F16", "BF16"), ("F64", "F32")])
+def test_two_dtypes_meet_in_float64(before, after, tmp_path):
+    """The difference is that of the stored numbers; rounding is the tuned file's."""
+    family = FAMILIES["llama"]
+    exact = random_state(family, dtype=torch.float64)
+    base = {n: t.to(DTYPES[before]) for n, t in exact.items()}
+    tuned = {n: t.to(DTYPES[after]) for n, t in tune(exact).items()}
+    folders = [write(tmp_path / side, state, family.config) for side, state in (("b", base), ("t", tuned))]
+    run = deltaspec.analyze(*folders, tmp_path / "run", options=CPU)
+    for record in run.records:
+        assert (record.base_dtype, record.tuned_dtype) == (before, after)
+        expected = metrics(*(state[record.key.tensor].double().numpy() for state in (base, tuned)), after)
+        if before == "F64":  # numerical rank follows the finer of both files
+            del expected["numerical_rank"]
+        assert_equal(record.metrics, expected, record.store_key)
+
+
 def test_bf16_saved_as_fp32_is_seen(tmp_path):
     """Values that lie on bf16's grid carry bf16's rounding, whatever dtype they are stored in."""
     family = FAMILIES["llama"]

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import deltaspec
 from deltaspec.errors import PairingError
@@ -125,6 +125,25 @@ def test_wrong_bases_are_refused_by_name_and_shape(tmp_path):
         deltaspec.analyze(base, adapter(tmp_path / "b", {name: factors(5, 7)}), tmp_path / "r", options=OPTIONS)
     with pytest.raises(PairingError, match="swap the two"):
         deltaspec.analyze(tmp_path / "b", base, tmp_path / "r", options=OPTIONS)
+
+
+def test_modules_saved_whole_pair_with_the_base_or_are_listed(tmp_path):
+    """A classification head that the base never had is no reason to stop."""
+    family = FAMILIES["llama"]
+    state = random_state(family)
+    base = write(tmp_path / "base", state, family.config)
+    name = next(n for n in state if "q_proj" in n).removesuffix(".weight")
+    norm, embed = next(n for n in state if n.endswith("norm.weight")), next(n for n in state if "embed" in n)
+    lora = adapter(tmp_path / "lora", {name: factors(*state[f"{name}.weight"].shape)})
+    stored = load_file(lora / "adapter_model.safetensors")
+    whole = {norm: state[norm] + 1, embed: state[embed] + 1, "score.weight": torch.ones(2, 3)}
+    save_file({**stored, **{f"base_model.model.{n}": t for n, t in whole.items()}}, lora / "adapter_model.safetensors")
+    run = deltaspec.analyze(base, lora, tmp_path / "run", options=OPTIONS)
+    assert {r.key.tensor for r in run.records} == {f"{name}.weight", embed}
+    full = next(r for r in run.records if r.key.tensor == embed)
+    assert full.metrics["frobenius_norm"] == pytest.approx(math.sqrt(state[embed].numel()), rel=1e-6)
+    assert [row["tensor"] for row in run.vectors] == [norm]
+    assert [row["tensor"] for row in run.skipped] == ["score.weight"]
 
 
 def test_spectra_of_a_tuned_weight_that_is_only_factors_is_a_recorded_failure(tmp_path):
