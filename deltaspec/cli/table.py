@@ -23,9 +23,7 @@ SHARES = {"effective_rank_ratio", "rank_90_ratio"}
 LEGEND = """Medians over matrices. eff. rank: exp of the entropy of σ/Σσ; rank 90%: directions that keep 90 % of ‖ΔW‖²;
 of noise: the same for pure noise of the shape; > rounding: σ above what storage rounding explains; > noise: σ above
 dense noise of unknown size."""
-UNRESOLVED = (
-    "* storage rounding explains part of what is seen (number of matrices): read '> rounding' there, not the ranks."
-)
+ROUNDING = "* counts directions that storage rounding explains, in some of the matrices: read '> rounding' there."
 
 
 def printable(text: str) -> str:
@@ -52,20 +50,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """Lay rows out in columns: text to the left, numbers to the right; columns that say nothing are left out."""
     if not rows:
         return ""
-    names = [n for n in rows[0] if n != "unresolved" and any(row[n] not in ("", None) for row in rows)]
+    names = [n for n in rows[0] if n != "rounding" and any(row[n] not in ("", None) for row in rows)]
     if "spectrum_of" in names and {row["spectrum_of"] for row in rows} == {"delta"}:
         names.remove("spectrum_of")
     lines = [[HEADS.get(name, name) for name in names]]
-    lines += [[cell(name, row[name]) for name in names] for row in rows]
-    marks = ["", *(f" *{row['unresolved']}" if row.get("unresolved") else "" for row in rows)]
+    for row in rows:
+        marked = row.get("rounding", ())
+        lines.append([cell(name, row[name]) + ("*" if name in marked else "") for name in names])
     left = [all(isinstance(row[name], str | None) for row in rows) for name in names]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
             text.ljust(w) if is_left else text.rjust(w) for text, w, is_left in zip(line, widths, left, strict=True)
         ).rstrip()
-        + mark
-        for line, mark in zip(lines, marks, strict=True)
+        for line in lines
     )
 
 
@@ -88,8 +86,8 @@ def render(run: Run, view: str = "role") -> str:
         parts += [table(by_depth)] if by_depth else []
         parts += [table(vectors_by_role(run))] if run.vectors else []
     parts.append(LEGEND)
-    if any(row["unresolved"] for row in rows):
-        parts.append(UNRESOLVED)
+    if any(row["rounding"] for row in rows):
+        parts.append(ROUNDING)
     for reason, names in skipped_by_reason(run):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         parts.append(f"Left out: {shown} ({reason}).")

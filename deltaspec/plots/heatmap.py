@@ -13,10 +13,10 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from deltaspec.plots.style import legend_below, new_figure, order_roles, use_venue
-from deltaspec.plots.tables import Columns, Row, is_unresolved, order_stacks, to_columns, to_rows
+from deltaspec.plots.tables import Columns, Row, has_rounding, order_stacks, to_columns, to_rows
 
 HATCH = "////"
-NAMES = ("stack", "role", "depth", "matrices", "unresolved", "spectrum_of", "effective_rank_ratio")
+NAMES = ("stack", "role", "depth", "matrices", "effective_rank_with_rounding", "spectrum_of", "effective_rank_ratio")
 
 
 def select_ratios(cells: Columns) -> Columns:
@@ -38,7 +38,7 @@ def draw_heatmap(columns: Columns, *, style: str = "neurips") -> Figure:
     Returns
     -------
     Figure
-        One panel per stack, all on one colour scale. Cells that storage rounding explains are hatched.
+        One panel per stack, all on one colour scale. Cells that count directions of storage rounding are hatched.
 
     Raises
     ------
@@ -59,13 +59,13 @@ def draw_heatmap(columns: Columns, *, style: str = "neurips") -> Figure:
         axes[-1].set_xlabel("layer")
         bar = figure.colorbar(mesh, ax=list(axes), ticks=MaxNLocator(5), pad=0.02, aspect=12 + 1.6 * sum(counts))
         bar.set_label("effective rank\n÷ that of noise", linespacing=0.9)
-        if any(map(is_unresolved, rows)):
+        if any(has_rounding(row, "effective_rank") for row in rows):
             legend_below(figure, [_hatch_handle()])
     return figure
 
 
 def _hatch_handle() -> Patch:
-    return Patch(facecolor="#DDDDDD", edgecolor="black", hatch=HATCH, linewidth=0, label="explained by rounding")
+    return Patch(facecolor="#DDDDDD", edgecolor="black", hatch=HATCH, linewidth=0, label="counts rounding")
 
 
 def _draw_cells(ax: Axes, rows: Sequence[Row], *, limits: tuple[float, float]) -> QuadMesh:
@@ -75,7 +75,7 @@ def _draw_cells(ax: Axes, rows: Sequence[Row], *, limits: tuple[float, float]) -
     for row in rows:
         place = roles.index(row["role"]), row["depth"] - first
         ratios[place] = row["effective_rank_ratio"]
-        if is_unresolved(row):
+        if has_rounding(row, "effective_rank"):
             corner = (row["depth"] - 0.5, place[0] - 0.5)
             light = 2 * row["effective_rank_ratio"] > sum(limits)
             colour = "black" if light else "white"

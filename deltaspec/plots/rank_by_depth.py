@@ -17,10 +17,10 @@ from deltaspec.plots.style import (
     order_roles,
     role_handle,
     role_style,
-    unresolved_handle,
+    rounding_handle,
     use_venue,
 )
-from deltaspec.plots.tables import RANKS, Columns, Row, is_unresolved, order_stacks, to_columns, to_rows
+from deltaspec.plots.tables import RANKS, Columns, Row, has_rounding, order_stacks, to_columns, to_rows
 
 # More layers than this need the whole width, so the two panels lie on top of each other.
 CROWDED = 12
@@ -44,7 +44,7 @@ def draw_rank_by_depth(columns: Columns, *, style: str = "neurips") -> Figure:
     Returns
     -------
     Figure
-        Two panels, or two for each stack. Points that storage rounding explains are hollow.
+        Two panels, or two for each stack. Points that count directions of storage rounding are hollow.
 
     Raises
     ------
@@ -69,7 +69,9 @@ def draw_rank_by_depth(columns: Columns, *, style: str = "neurips") -> Figure:
         for ax in axes[-1, stacked:]:
             ax.set_xlabel("layer")
         handles = [role_handle(role) for role in order_roles(columns["role"])]
-        legend_below(figure, handles + [unresolved_handle()] * any(map(is_unresolved, rows)))
+        legend_below(
+            figure, handles + [rounding_handle()] * any(has_rounding(row, name) for row in rows for name in RANKS)
+        )
     return figure
 
 
@@ -90,7 +92,7 @@ def _draw_lines(ax: Axes, rows: Sequence[Row], *, name: str) -> None:
             clip_on=False,
             in_layout=False,
         )
-        hollow = [row for row in line if is_unresolved(row)]
+        hollow = [row for row in line if has_rounding(row, name)]
         ax.plot(
             [row["depth"] for row in hollow],
             [row[name] for row in hollow],

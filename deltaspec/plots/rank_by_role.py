@@ -18,10 +18,10 @@ from deltaspec.plots.style import (
     new_figure,
     null_handle,
     role_style,
-    unresolved_handle,
+    rounding_handle,
     use_venue,
 )
-from deltaspec.plots.tables import RANKS, Columns, Row, is_unresolved, median, to_rows
+from deltaspec.plots.tables import RANKS, Columns, Row, has_rounding, median, to_rows
 
 # A row's layers run from the first, at the top, to the last, over this share of the row's height.
 SPREAD = 0.56
@@ -66,7 +66,8 @@ def draw_rank_by_role(columns: Columns, *, style: str = "neurips") -> Figure:
         axes[0].set_ylim(len(groups) - 0.5, -0.5)
         axes[1].tick_params(left=False)
         handles = [median_handle(), null_handle()]
-        legend_below(figure, [*handles, unresolved_handle()] if any(map(is_unresolved, rows)) else handles)
+        hollow = any(has_rounding(row, name) for row in rows for name in RANKS)
+        legend_below(figure, [*handles, rounding_handle()] if hollow else handles)
     return figure
 
 
@@ -75,7 +76,7 @@ def _draw_role(ax: Axes, rows: Sequence[Row], *, place: int, name: str) -> None:
     count = len(rows)
     heights = [place + SPREAD * ((number + 0.5) / count - 0.5) for number in range(count)]
     for hollow in (False, True):
-        points = [(row[name], y) for row, y in zip(rows, heights, strict=True) if is_unresolved(row) is hollow]
+        points = [(row[name], y) for row, y in zip(rows, heights, strict=True) if has_rounding(row, name) is hollow]
         ax.plot(
             [x for x, _ in points],
             [y for _, y in points],

@@ -182,11 +182,9 @@ def role_handle(role: str, *, line: bool = True) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, linestyle="-" if line else "none", label=role)
 
 
-def unresolved_handle() -> Line2D:
+def rounding_handle() -> Line2D:
     """Return the legend's entry for hollow points."""
-    return Line2D(
-        [], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none", label="explained by rounding"
-    )
+    return Line2D([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none", label="counts rounding")
 
 
 def median_handle() -> Line2D:

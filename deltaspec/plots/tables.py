@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaspec.plots.style import order_roles
+from deltaspec.spectra.metrics import counts_rounding
 from deltaspec.types import MatrixRecord
 
 Columns = dict[str, list[Any]]
@@ -71,7 +72,8 @@ def tabulate_cells(records: Iterable[MatrixRecord]) -> Columns:
     -------
     Columns
         stack, role, depth (None outside the blocks), matrices and unresolved (counts), spectrum_of, then the metrics
-        by their names, ranks also with _min and _max; NaN where a metric does not apply.
+        by their names, ranks also with _min, _max and _with_rounding (how many count rounding); NaN where a metric
+        does not apply.
     """
     cells: dict[tuple[str, str, int | None], list[MatrixRecord]] = defaultdict(list)
     for record in choose_drawn(records):
@@ -95,6 +97,7 @@ def _summarise(cell: tuple[str, str, int | None], records: Sequence[MatrixRecord
         row[name] = median(values)
         row[f"{name}_min"] = min(values, default=math.nan)
         row[f"{name}_max"] = max(values, default=math.nan)
+        row[f"{name}_with_rounding"] = sum(counts_rounding(record.metrics, name) for record in records)
     for name in CENTRE:
         row[name] = median(metric(record, name) for record in records)
     return {name: _round_rank(name, value) for name, value in row.items()}
@@ -104,9 +107,9 @@ def _round_rank(name: str, value: Any) -> Any:
     return int(value) if name.startswith("rank_90") and float(value).is_integer() else value
 
 
-def is_unresolved(row: Row) -> bool:
-    """Whether storage rounding explains most of a cell's matrices."""
-    return bool(2 * row["unresolved"] > row["matrices"])
+def has_rounding(row: Row, name: str) -> bool:
+    """Whether the rank ``name`` counts directions of storage rounding in most of a cell's matrices."""
+    return bool(2 * row[f"{name}_with_rounding"] > row["matrices"])
 
 
 def thin_ranks(count: int) -> NDArray[np.int64]:

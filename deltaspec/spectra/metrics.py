@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,6 +129,21 @@ def resolved(e: Evidence) -> bool | None:
         return None
     predicted = e.rounding.ulp_energy / 12 if e.rounding else 0.0
     return count > 0 and predicted < ROUNDING_SHARE * e.energy
+
+
+def counts_rounding(metrics: Mapping[str, Value], rank: str) -> bool:
+    """Tell whether a rank counts directions that storage rounding explains.
+
+    Parameters
+    ----------
+    metrics : mapping
+        A record's metrics.
+    rank : str
+        Name of a rank among them: it does where it exceeds ``rank_above_rounding``, or ``resolved`` is False. The
+        effective rank weighs σ and not σ², so it does long before energy ranks do.
+    """
+    value, above = metrics.get(rank), metrics.get("rank_above_rounding")
+    return metrics.get("resolved") is False or (value is not None and above is not None and value > above)
 
 
 def rank_above_noise(e: Evidence) -> int:

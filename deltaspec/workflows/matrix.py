@@ -10,13 +10,13 @@ import torch
 
 from deltaspec.delta import DenseDelta, energy_of, stream
 from deltaspec.errors import NumericalError
-from deltaspec.io.matrix import read_low_rank, read_tensor
+from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.lowrank import svd_of_product
-from deltaspec.linalg.numerics import first_non_finite
 from deltaspec.linalg.svd import EPS, decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence, measure
 from deltaspec.types import LowRankSource, MatrixRecord, MatrixSource, Spectrum, TensorSpec, WeightPair
+from deltaspec.workflows.finite import describe_non_finite
 
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -166,12 +166,7 @@ def _located(task: Task, cause: NumericalError) -> NumericalError:
     """Say which stored tensor holds the first NaN or infinity, and where."""
     for side, source in (("base", task.pair.base), ("tuned", task.pair.tuned)):
         for spec in _specs(source):
-            index = first_non_finite(read_tensor(spec))
-            if index is not None:
-                message = (
-                    f"The {side} tensor '{spec.name}' in {spec.file} holds NaN or infinity at index {index}: "
-                    "repair or retrain the checkpoint, or leave the tensor out with --exclude."
-                )
+            if message := describe_non_finite(side, spec):
                 return NumericalError(message)
     return NumericalError(f"'{task.store_key}' cannot be decomposed: {cause}")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from deltaspec.architecture.roles import ROLES
 from deltaspec.pairing.names import natural_order
+from deltaspec.spectra.metrics import counts_rounding
 from deltaspec.store.run import Run
 from deltaspec.types import MatrixRecord
 
@@ -48,15 +49,16 @@ def by_matrix(records: list[MatrixRecord]) -> list[dict[str, Any]]:
     rows = []
     for record in sorted(records, key=lambda r: natural_order(r.store_key)):
         row = {"matrix": record.store_key, "role": record.key.role, "shape": f"{record.shape[0]}×{record.shape[1]}"}
-        rows.append({**row, **{name: record.metrics[name] for name in COLUMNS}, "unresolved": _unresolved([record])})
+        rows.append({**row, **{name: record.metrics[name] for name in COLUMNS}, "rounding": _with_rounding([record])})
     return rows
 
 
 VIEWS = {"role": by_role, "depth": by_depth, "matrix": by_matrix}
 
 
-def _unresolved(records: list[MatrixRecord]) -> int:
-    return sum(record.metrics["resolved"] is False for record in records)
+def _with_rounding(records: list[MatrixRecord]) -> set[str]:
+    """Name the ranks that count directions of storage rounding in some of the matrices."""
+    return {name for name in ("effective_rank", "rank_90") if any(counts_rounding(r.metrics, name) for r in records)}
 
 
 def _grouped(
@@ -80,7 +82,7 @@ def _grouped(
                 **dict(zip(names, place, strict=True)),
                 "matrices": len(group),
                 **medians,
-                "unresolved": _unresolved(group),
+                "rounding": _with_rounding(group),
             }
         )
     return rows

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from deltaspec.errors import DeltaspecError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.linalg.numerics import first_non_finite
 from deltaspec.pairing.plan import Plan, VectorPair
 from deltaspec.store.run import Run
 from deltaspec.types import TensorSpec
+from deltaspec.workflows.finite import describe_non_finite
 
 
 def compare_vectors(plan: Plan, run: Run) -> None:
@@ -53,12 +53,8 @@ def _compare(pair: VectorPair) -> tuple[dict[str, Any], str]:
     except DeltaspecError as error:
         return empty, str(error)
     for side, values, spec in (("base", base, pair.base), ("tuned", tuned, pair.tuned)):
-        index = first_non_finite(values)
-        if spec is not None and index is not None:
-            return empty, (
-                f"The {side} tensor '{spec.name}' in {spec.file} holds NaN or infinity at index {index}: "
-                "repair or retrain the checkpoint, or leave the tensor out with --exclude."
-            )
+        if spec is not None and not bool(torch.isfinite(values).all()):
+            return empty, describe_non_finite(side, spec)
     change = tuned * pair.scaling if pair.scaling is not None else tuned - base
     norm = math.sqrt(float(base.square().sum()))
     relative = math.sqrt(float(change.square().sum())) / norm if norm else None

@@ -32,7 +32,15 @@ def numpy_metrics(values: np.ndarray, shape: tuple[int, int], *, noise: float, e
     total = float(values.sum())
     if total == 0:
         zero = dict.fromkeys(
-            ("effective_rank", "rank_90", "effective_rank_ratio", "rank_90_ratio", "frobenius_norm"), 0
+            (
+                "effective_rank",
+                "rank_90",
+                "effective_rank_ratio",
+                "rank_90_ratio",
+                "frobenius_norm",
+                "rank_above_rounding",
+            ),
+            0,
         )
         return {**zero, "resolved": True, "noise_sigma": 0.0, "rounding_edge": edge}
     share = values[values > 0] / total
@@ -50,6 +58,7 @@ def numpy_metrics(values: np.ndarray, shape: tuple[int, int], *, noise: float, e
         "rounding_edge": edge,
         "noise_sigma": noise or None,
         "resolved": bool(values[0] > edge),
+        "rank_above_rounding": int((values > edge).sum()),
     }
 
 

@@ -44,15 +44,15 @@ def test_by_depth_draws_the_median_over_experts_with_smallest_and_largest() -> N
 def test_by_depth_hollows_what_rounding_explains_and_leaves_embeddings_out() -> None:
     run = synthetic.bert()
     figure = draw_rank_by_depth(select_depths(tabulate_cells(run.records)))
-    hollow = {
-        (to_hex(line.get_color()).upper(), x)
-        for line in figure.axes[0].lines
-        if line.get_markerfacecolor() == "white"
-        for x in line.get_xdata()
-    }
-    unresolved = [r for r in run.records if not r.metrics["resolved"] and r.key.depth is not None]
-    assert unresolved
-    assert hollow == {(ROLE_STYLE[r.key.role][0], r.key.depth) for r in unresolved}
+    inside = [r for r in run.records if r.key.depth is not None]
+    shares = []
+    for ax, name in zip(figure.axes, ("effective_rank", "rank_90"), strict=True):
+        white = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+        hollow = {(to_hex(line.get_color()).upper(), x) for line in white for x in line.get_xdata()}
+        counted = [r for r in inside if not r.metrics["resolved"] or r.metrics[name] > r.metrics["rank_above_rounding"]]
+        assert hollow == {(ROLE_STYLE[r.key.role][0], r.key.depth) for r in counted}
+        shares.append(len(counted) / len(inside))
+    assert 0 < min(shares) < 1
     assert "embed" not in [line.get_label() for line in figure.axes[0].lines]
 
 
@@ -94,8 +94,8 @@ def test_heatmap_leaves_missing_cells_blank_and_hatches_unresolved_ones() -> Non
             value = drawn[synthetic.BERT.index(record.key.role), record.key.depth]
             assert value == record.metrics["effective_rank_ratio"]
     hatched = {(patch.get_x() + 0.5, patch.get_y() + 0.5) for patch in ax.patches if patch.get_hatch()}
-    unresolved = [r.key for r in run.records if not r.metrics["resolved"] and r.key.depth is not None]
-    assert hatched == {(key.depth, synthetic.BERT.index(key.role)) for key in unresolved}
+    counted = [r for r in run.records if r.metrics["effective_rank"] > r.metrics["rank_above_rounding"]]
+    assert hatched == {(r.key.depth, synthetic.BERT.index(r.key.role)) for r in counted if r.key.depth is not None}
 
 
 def test_spectrum_draws_the_values_the_edge_and_noise_of_that_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from deltaspec.spectra.metrics import METRICS, Evidence, measure
+from deltaspec.spectra.metrics import METRICS, Evidence, counts_rounding, measure
 from deltaspec.types import Rounding, Spectrum
 
 
@@ -82,3 +82,12 @@ def test_numerical_rank_follows_the_stored_precision():
 def test_every_metric_says_its_unit_formula_and_reference():
     assert all(metric.unit and metric.formula and metric.reference for metric in METRICS.values())
     assert list(measure(evidence([1.0], (1, 1)))) == list(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("rank", "above", "resolved", "expected"),
+    [(9.5, 9, True, True), (9, 9, True, False), (1, 9, False, True), (40, None, None, False), (None, 3, True, False)],
+)
+def test_a_rank_counts_rounding_where_it_exceeds_what_stands_above_it(rank, above, resolved, expected):
+    metrics = {"effective_rank": rank, "rank_above_rounding": above, "resolved": resolved}
+    assert counts_rounding(metrics, "effective_rank") is expected
