@@ -7,8 +7,10 @@ from dataclasses import replace
 from deltaspec.architecture.match import Identification, identify
 from deltaspec.errors import PairingError
 from deltaspec.options import AnalyzeOptions
+from deltaspec.pairing.dense import VOCABULARY_ROLES, pair_tensor
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import Plan, VectorPair, chosen, refuse_shapes, unreadable
+from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import (
     AdapterIndex,
     Checkpoint,
@@ -38,6 +40,11 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         plan.notes.append(note)
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
+    for head in {*paths} - set(mapping.values()):
+        embedding = _tied_embedding(head, _factor_shape(tuned.modules[paths[head]]), known)
+        if embedding and embedding not in mapping:
+            mapping[embedding] = head
+            plan.notes.append(f"'{head}' is not stored in the base: its factors change the tied '{embedding}'")
     unknown = sorted({*paths} - set(mapping.values()), key=natural_order)
     if unknown:
         message = (
@@ -51,11 +58,20 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
             plan.skip(name, "left out by --include or --exclude")
         elif mapping[name] in paths:
             _pair_factors(plan, known, base.tensors[name], tuned.modules[paths[mapping[name]]], wrong)
+        elif reason := unreadable(base.tensors[name]) or unreadable(tuned.full[mapping[name]]):
+            plan.skip(name, reason)
         else:
-            _pair_full(plan, known, base.tensors[name], tuned.full[mapping[name]], wrong)
+            pair_tensor(plan, known, name, (base.tensors[name], tuned.full[mapping[name]]), options, wrong)
+    weights = {mapped: name for name, mapped in mapping.items()}
     for path, bias in tuned.biases.items():
-        _pair_bias(plan, base, known, path, bias, tuned.modules[path].scaling)
-    refuse_shapes(wrong, vocabulary=False)
+        name = f"{weights.get(_weight_of(path, base), path).removesuffix('.weight')}.bias"
+        if not chosen(name, options):
+            plan.skip(name, "left out by --include or --exclude")
+            continue
+        key = known.vectors.get(name, MatrixKey(name, role="bias"))
+        plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=tuned.modules[path].scaling))
+    roles = {part.key.role for name, *_ in wrong for part in known.matrices.get(name, ())}
+    refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
     for name in sorted(tuned.full.keys() - set(mapping.values()), key=natural_order):
         plan.skip(name, "stored whole in the adapter, and not in the base")
     untouched = sum(name not in mapping for name in known.matrices)
@@ -102,29 +118,12 @@ def _pair_factors(
         plan.pairs.append(WeightPair(part.key, view.shape, MatrixSource(base, part.view), source, part.guessed))
 
 
-def _pair_full(
-    plan: Plan,
-    known: Identification,
-    base: TensorSpec,
-    tuned: TensorSpec,
-    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
-) -> None:
-    if base.shape != tuned.shape:
-        wrong.append((base.name, base.shape, tuned.shape))
-    elif base.name in known.vectors:
-        plan.vectors.append(VectorPair(known.vectors[base.name], base, tuned))
-    else:
-        for part in known.matrices[base.name]:
-            sources = MatrixSource(base, part.view), MatrixSource(tuned, part.view)
-            plan.pairs.append(WeightPair(part.key, part.view.shape, *sources, part.guessed))
-
-
-def _pair_bias(
-    plan: Plan, base: Checkpoint, known: Identification, path: str, bias: TensorSpec, scaling: float
-) -> None:
-    name = f"{path}.bias"
-    key = known.vectors.get(name, MatrixKey(name, role="bias"))
-    plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=scaling))
+def _tied_embedding(head: str, shape: tuple[int, int], known: Identification) -> str | None:
+    """Name the base's embedding where ``head`` is a head that the base does not store and ties to it."""
+    if not head.endswith(HEAD_NAMES):
+        return None
+    candidates = ((name, found[0]) for name, found in known.matrices.items() if len(found) == 1)
+    return next((n for n, found in candidates if found.key.role == "embed" and found.view.shape == shape), None)
 
 
 def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptions) -> Plan:

@@ -8,7 +8,7 @@ from deltaspec.architecture.match import Identification, identify
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import Plan, VectorPair, chosen, refuse_shapes, unreadable
-from deltaspec.pairing.tied import find_tied
+from deltaspec.pairing.tied import find_tied, with_aliases
 from deltaspec.types import Checkpoint, Identified, MatrixKey, MatrixSource, TensorSpec, WeightPair
 
 VOCABULARY_ROLES = {"embed", "lm_head"}
@@ -22,23 +22,25 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     PairingError
         If paired tensors have different shapes.
     """
-    plan = Plan()
+    plan, base, tuned = Plan(), with_aliases(base), with_aliases(tuned)
     mapping, note = align_names(base.tensors, tuned.tensors)
     if note:
         plan.notes.append(note)
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
     left_out = _skip_early(plan, base, tuned, mapping, options)
-    tied = find_tied(base, tuned, mapping, known)
+    comparable = {name: found for name, found in known.matrices.items() if name not in left_out}
+    tied = find_tied(base, tuned, mapping, replace(known, matrices=comparable))
     for name, reason in tied.reasons.items():
         if name not in left_out:
             plan.skip(name, reason)
             left_out.add(name)
     wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for name in sorted((n for n in base.tensors if n in mapping and n not in left_out), key=natural_order):
-        _pair_tensor(plan, known, name, (base.tensors[name], tuned.tensors[mapping[name]]), options, wrong)
+        pair_tensor(plan, known, name, (base.tensors[name], tuned.tensors[mapping[name]]), options, wrong)
     _pair_untied_heads(plan, base, tuned, tied.heads, options, wrong)
-    _pair_other_layouts(plan, base, tuned, known, set(mapping.values()) | left_out | set(tied.heads))
+    settled = left_out | set(tied.heads) | set(tied.reasons)
+    _pair_other_layouts(plan, (base, tuned), known, (settled | set(mapping), settled | set(mapping.values())))
     roles = {key.role for name, *_ in wrong for key in _keys(known, name)}
     refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
     for pair in plan.pairs:
@@ -71,7 +73,7 @@ def _skip_early(
     return settled
 
 
-def _pair_tensor(
+def pair_tensor(
     plan: Plan,
     known: Identification,
     name: str,
@@ -84,7 +86,7 @@ def _pair_tensor(
     rows = None
     if base.shape != tuned.shape:
         differ_in_rows = len(base.shape) == len(tuned.shape) > 0 and base.shape[1:] == tuned.shape[1:]
-        vocabulary = name in known.vectors or known.matrices[name][0].key.role in VOCABULARY_ROLES
+        vocabulary = bool({key.role for key in _keys(known, name)} & (VOCABULARY_ROLES | {"bias"}))
         if options.vocab != "common" or not differ_in_rows or not vocabulary:
             wrong.append((name, base.shape, tuned.shape))
             return
@@ -125,7 +127,7 @@ def _pair_untied_heads(
             found = identify({head: shape}, {}).matrices[head][0]
             known.matrices[head] = (replace(found, key=replace(found.key, role="lm_head"), guessed=False),)
             known.vectors.clear()
-        _pair_tensor(plan, known, head, (base.tensors[embedding], tuned.tensors[head]), options, wrong)
+        pair_tensor(plan, known, head, (base.tensors[embedding], tuned.tensors[head]), options, wrong)
         plan.notes.append(f"'{head}' is stored in the tuned model alone: compared with the base's tied '{embedding}'")
 
 
@@ -135,33 +137,39 @@ def _place(identified: Identified) -> tuple[object, ...]:
 
 
 def _pair_other_layouts(
-    plan: Plan, base: Checkpoint, tuned: Checkpoint, known: Identification, settled: set[str]
+    plan: Plan, sides: tuple[Checkpoint, Checkpoint], known: Identification, settled: tuple[set[str], set[str]]
 ) -> None:
     """Pair what differs in layout alone (experts stacked or one by one, fused or split): one place, same shape."""
-    in_base = {n: s for n, s in base.tensors.items() if n not in settled and not unreadable(s)}
-    in_tuned = {n: s for n, s in tuned.tensors.items() if n not in settled and not unreadable(s)}
-    paired_base: set[str] = set()
-    paired_tuned: set[str] = set()
+    base, tuned = sides
+    in_base = {n: s for n, s in base.tensors.items() if n not in settled[0] and not unreadable(s)}
+    in_tuned = {n: s for n, s in tuned.tensors.items() if n not in settled[1] and not unreadable(s)}
+    other = Identification({}, {}, "", ())
     if in_base and in_tuned:
-        other = identify({name: spec.shape for name, spec in in_tuned.items()}, tuned.config or base.config)
-        ours = _unique_places(known, in_base)
-        theirs = _unique_places(other, in_tuned)
-        for place in sorted(ours.keys() & theirs.keys(), key=lambda p: natural_order(ours[p][1].key.tensor)):
-            (name, mine), (tuned_name, found) = ours[place], theirs[place]
-            sources = MatrixSource(in_base[name], mine.view), MatrixSource(in_tuned[tuned_name], found.view)
-            plan.pairs.append(WeightPair(mine.key, mine.view.shape, *sources, mine.guessed))
-            paired_base.add(name)
-            paired_tuned.add(tuned_name)
-        if paired_base:
-            plan.notes.append(
-                f"{len(paired_base)} tensors are laid out differently in the two models and pair by their place"
-            )
-    for name in sorted(in_base.keys() - paired_base, key=natural_order):
-        plan.skip(name, "only in the base")
-    for name in sorted(in_tuned.keys() - paired_tuned, key=natural_order):
-        plan.skip(name, "only in the tuned model")
-    for name in sorted(tuned.tensors.keys() - in_tuned.keys() - settled, key=natural_order):
+        shapes = {name: spec.shape for name, spec in tuned.tensors.items() if not unreadable(spec)}
+        other = identify(shapes, tuned.config or base.config)
+    ours, theirs = _unique_places(known, in_base), _unique_places(other, in_tuned)
+    shared = sorted(ours.keys() & theirs.keys(), key=lambda p: natural_order(ours[p][1].key.tensor))
+    for place in shared:
+        (name, mine), (tuned_name, found) = ours[place], theirs[place]
+        sources = MatrixSource(in_base[name], mine.view), MatrixSource(in_tuned[tuned_name], found.view)
+        plan.pairs.append(WeightPair(mine.key, mine.view.shape, *sources, mine.guessed))
+    if shared:
+        plan.notes.append(f"{len(shared)} matrices are laid out differently in the two models and pair by their place")
+    _skip_rest(plan, in_base, known, {ours[place][1].key for place in shared}, "only in the base")
+    _skip_rest(plan, in_tuned, other, {theirs[place][1].key for place in shared}, "only in the tuned model")
+    for name in sorted(tuned.tensors.keys() - in_tuned.keys() - settled[1], key=natural_order):
         plan.skip(name, f"only in the tuned model; {unreadable(tuned.tensors[name])}")
+
+
+def _skip_rest(
+    plan: Plan, tensors: dict[str, TensorSpec], known: Identification, paired: set[MatrixKey], reason: str
+) -> None:
+    """List tensors that did not pair; of those that paired in part, the matrices that did not."""
+    for name in sorted(tensors, key=natural_order):
+        keys = [found.key for found in known.matrices.get(name, ())]
+        alone = [key for key in keys if key not in paired]
+        for label in [str(key) for key in alone] if len(alone) < len(keys) else [name]:
+            plan.skip(label, reason)
 
 
 def _unique_places(

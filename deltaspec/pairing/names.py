@@ -6,25 +6,33 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
+FEW = 8  # a rest that more names share says nothing
+
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
     """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name)]
+    # Eighteen digits at most: int() refuses very long numbers, and names are untrusted.
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"([0-9]{1,18})", name)]
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """Every way to cut a dotted name into prefix and the rest of at least two components, or the whole name."""
+    """Every way to cut a dotted name into prefix and a rest of at least two components; the whole name first."""
     yield "", name
     pieces = name.split(".")
-    for i in range(1, len(pieces) - 1):
+    for i in range(1, min(len(pieces) - 1, 12)):
         yield ".".join(pieces[:i]) + ".", ".".join(pieces[i:])
+
+
+def _numbers(prefix: str) -> list[str]:
+    return [piece for piece in prefix.split(".") if piece.isdecimal()]
 
 
 def align_names(base: Iterable[str], tuned: Iterable[str]) -> tuple[dict[str, str], str]:
     """Map base names to tuned names.
 
     Equal names pair. Where one change of prefix (``bert.`` for nothing, ``model.`` for ``model.language_model.``)
-    pairs more tensors than equality does, the rest pair under it.
+    pairs more tensors than equality does, the rest pair under it. A change never touches a number, so no layer is
+    taken for another.
 
     Returns
     -------
@@ -40,7 +48,11 @@ def align_names(base: Iterable[str], tuned: Iterable[str]) -> tuple[dict[str, st
     for name in left:
         for prefix, rest in _splits(name):
             by_rest[rest].append(prefix)
-    votes = Counter((old, new) for name in right for new, rest in _splits(name) for old in by_rest.get(rest, ()))
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in right:
+        # The longest rest that any base name ends in; one vote a name, so that experts cost no more than layers.
+        new, rest = next(((p, r) for p, r in _splits(name) if r in by_rest), ("", ""))
+        votes.update((old, new) for old in by_rest.get(rest, ())[:FEW] if _numbers(old) == _numbers(new))
     if not votes:
         return mapping, ""
     (old, new), count = max(votes.items(), key=lambda item: (item[1], -len(item[0][0]) - len(item[0][1]), item[0]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from deltaspec.architecture.match import Identification
 from deltaspec.io.content import same_content
-from deltaspec.types import Checkpoint, TensorSpec
+from deltaspec.types import Checkpoint
 
 HEADS = ("lm_head", "embed")
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "output_projection.weight", "decoder.weight")
@@ -21,23 +21,43 @@ class Tied:
     heads: dict[str, str] = field(default_factory=dict)
 
 
-def find_tied(base: Checkpoint, tuned: Checkpoint, mapping: dict[str, str], known: Identification) -> Tied:
-    """Find heads and embeddings that are one weight, by content and not by what a config claims.
+def with_aliases(checkpoint: Checkpoint) -> Checkpoint:
+    """List names that share memory as tensors of their own, so that the other side may hold them apart."""
+    shared = {
+        alias: checkpoint.tensors[name] for alias, name in checkpoint.aliases.items() if name in checkpoint.tensors
+    }
+    return replace(checkpoint, tensors={**checkpoint.tensors, **shared})
 
-    A tensor is tied where it equals the embedding bit for bit in every model that stores it; where only the tuned
-    model stores a head of its own, the base's embedding is what it was tuned from.
+
+def find_tied(base: Checkpoint, tuned: Checkpoint, mapping: dict[str, str], known: Identification) -> Tied:
+    """Find heads, embeddings and aliases that are one weight, by content and not by what a config claims.
+
+    A tensor is tied where it equals another bit for bit in every model that stores it; where only the tuned model
+    stores a head of its own, the base's embedding is what it was tuned from.
+
+    Parameters
+    ----------
+    base, tuned : Checkpoint
+        With aliases listed as tensors.
+    mapping : dict
+        Base name → tuned name.
+    known : Identification
+        Of the base's tensors that may be compared; others tie nothing.
     """
-    tied = Tied({alias: f"shares memory with '{name}'" for alias, name in base.aliases.items()})
+    tied = Tied()
     embeddings: dict[tuple[int, ...], str] = {}
-    groups: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
+    groups: defaultdict[object, list[str]] = defaultdict(list)
     for name, found in known.matrices.items():
         if len(found) == 1 and found[0].key.role in HEADS:
             groups[base.tensors[name].shape].append(name)
-    for shape, names in groups.items():
-        names.sort(key=lambda n: (known.matrices[n][0].key.role != "embed", n not in mapping, n))
+    for alias, name in base.aliases.items():
+        if name in known.matrices and alias in known.matrices and known.matrices[name][0].key.role not in HEADS:
+            groups[name] += [alias] if groups[name] else [name, alias]
+    for names in groups.values():
+        names.sort(key=lambda n: (known.matrices[n][0].key.role != "embed", n not in mapping, n in base.aliases, n))
         first = names[0]
         if known.matrices[first][0].key.role == "embed":
-            embeddings[shape] = first
+            embeddings[base.tensors[first].shape] = first
         for name in names[1:]:
             if _same(base, first, name) and _same(tuned, mapping.get(first), mapping.get(name), missing_is_same=True):
                 tied.reasons.setdefault(name, f"tied to '{first}'")
@@ -66,5 +86,5 @@ def _same(checkpoint: Checkpoint, first: str | None, second: str | None, *, miss
     """Tell whether two tensors of one checkpoint hold the same values."""
     if first is None or second is None:
         return missing_is_same
-    specs: tuple[TensorSpec, TensorSpec] = checkpoint.tensors[first], checkpoint.tensors[second]
-    return specs[0].shape == specs[1].shape and specs[0].dtype == specs[1].dtype and same_content(*specs)
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    return one == other or (one.shape == other.shape and one.dtype == other.dtype and same_content(one, other))
