@@ -106,7 +106,8 @@ def _spans(shape: tuple[int, int], device: torch.device) -> Iterator[tuple[slice
 
 def _read(stored: StoredMatrix, span: slice, shape: tuple[int, int], device: torch.device) -> Tensor:
     take = stored.rows if shape[0] >= shape[1] else stored.columns
-    return take(span.start, span.stop).to(device)
+    values = take(span.start, span.stop).to(device)
+    return values.double() if stored.dtype.startswith("F8") else values  # fp8 promotes to nothing
 
 
 class _Tally:
@@ -115,15 +116,16 @@ class _Tally:
     def __init__(
         self, base: StoredMatrix, tuned: StoredMatrix, shape: tuple[int, int], *, device: torch.device
     ) -> None:
-        self.shape, self.tuned_dtype = shape, tuned.dtype
+        self.shape, self.tuned = shape, tuned
         # A quantised base was rounded too; any other base is what training started from, so it is exact.
-        self.spaced = [stored for stored in (tuned, base) if stored is tuned or stored.scaled]
+        self.base = base if base.dtype.startswith("F8") else None
         self.grids = [grid for grid in UPCAST.get(tuned.dtype, ()) if not tuned.scaled]
-        self.eps = GRIDS["F64"].mantissa if "F64" in (base.dtype, tuned.dtype) else GRIDS["F32"].mantissa
+        self.eps = GRIDS["F64" if "F64" in (base.dtype, tuned.dtype) else "F32"].mantissa
         self.base_energy = torch.zeros((), dtype=torch.float64, device=device)
-        self.across = torch.zeros(min(shape), dtype=torch.float64, device=device)  # over the longer axis
-        self.along_max = torch.zeros((), dtype=torch.float64, device=device)  # largest sum over the shorter axis
         self.changed = torch.zeros_like(self.base_energy)
+        # Sums over the longer axis, and over the shorter one: of tuned without its unit, of base with it.
+        self.across = torch.zeros(2, min(shape), dtype=torch.float64, device=device)
+        self.along: list[Tensor] = []
 
     def add(self, span: slice, block: Tensor, after: Tensor) -> None:
         """Count one block of ΔW and the tuned weights it came from."""
@@ -131,34 +133,39 @@ class _Tally:
         changed = block.sign().abs_().sum(axis)  # a count in float64: half the time of count_nonzero
         self.changed += changed.sum()
         self.grids = [grid for grid in self.grids if lies_on(after, grid=grid)]
-        squares = self._squared_spacing(self.spaced[0], span, after)
-        for stored in self.spaced[1:]:
-            squares += self._squared_spacing(stored, span, None)
-        if not bool(changed.all()):  # an untouched row or column was never rounded
-            squares *= (changed > 0).unsqueeze(axis)
-        self.along_max = torch.maximum(self.along_max, squares.sum(axis).max())
-        self.across += squares.sum(1 - axis)
-
-    def _squared_spacing(self, stored: StoredMatrix, span: slice, values: Tensor | None) -> Tensor:
-        """(2^⌊log₂|w|⌋)² of stored values, times scale² where they are quantised; float32."""
-        if stored.scaled:
-            codes, scale = stored.codes(span, axis=0 if self.shape[0] >= self.shape[1] else 1)
-            spacing = binade(codes.to(self.across.device), dtype=stored.dtype) * scale.to(self.across.device).float()
-            return spacing.mul_(2.0 ** -GRIDS[stored.dtype].mantissa).square_()
-        assert values is not None
-        return binade(values, dtype=stored.dtype).square_()
+        squares = [_binades(self.tuned, span, after, axis=1 - axis).square_()]
+        if self.base:
+            values = _read(self.base, span, self.shape, block.device)
+            unit = 2.0 ** -GRIDS[self.base.dtype].mantissa
+            squares.append(_binades(self.base, span, values, axis=1 - axis).mul_(unit).square_())
+        touched = changed > 0  # an untouched row or column was never rounded
+        for side, square in enumerate(squares):
+            if not bool(touched.all()):
+                square *= touched.unsqueeze(axis)
+            self.across[side] += square.sum(1 - axis)
+        self.along.append(torch.stack([square.sum(axis) for square in squares]))
 
     def result(self) -> Rounding:
-        """Close the count."""
-        grid = min(self.grids, key=lambda name: GRIDS[name].mantissa, default=self.tuned_dtype)
-        unit = 1.0 if self.spaced[0].scaled else 4.0 ** -GRIDS[grid].mantissa
+        """Close the count, with the spacing of the coarsest grid that all tuned values lie on."""
+        grid = min(self.grids, key=lambda name: GRIDS[name].mantissa, default=self.tuned.dtype)
+        units = torch.tensor([4.0 ** -GRIDS[grid].mantissa, 1.0], dtype=torch.float64, device=self.across.device)
+        across = units @ self.across
+        along = torch.cat(self.along, dim=1)
+        long_max, short_max = float((units[: len(along)] @ along).max()), float(across.max())
         tall = self.shape[0] >= self.shape[1]
-        along, across = float(self.along_max) * unit, float(self.across.max()) * unit
         return Rounding(
             unchanged=1 - float(self.changed) / (self.shape[0] * self.shape[1]),
-            ulp_energy=float(self.across.sum()) * unit,
-            row_max=along if tall else across,
-            column_max=across if tall else along,
+            ulp_energy=float(across.sum()),
+            row_max=long_max if tall else short_max,
+            column_max=short_max if tall else long_max,
             eps=2.0**-self.eps,
             grid=grid,
         )
+
+
+def _binades(stored: StoredMatrix, span: slice, values: Tensor, *, axis: int) -> Tensor:
+    """2^⌊log₂|w|⌋ of stored numbers, times their scale where they are quantised; float64."""
+    if not stored.scaled:
+        return binade(values, dtype=stored.dtype).double()
+    codes, scale = stored.codes(span, axis=axis)
+    return binade(codes.to(values.device), dtype=stored.dtype).double().mul_(scale.to(values.device))

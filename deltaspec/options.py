@@ -58,6 +58,9 @@ class AnalyzeOptions:
             except re.error as cause:
                 message = f"--{name} '{getattr(self, name)}' is not a regular expression: {cause}."
                 raise OptionError(message) from cause
+        if isinstance(self.spectra, str):
+            message = f"spectra is '{self.spectra}': expected a tuple, such as ('{self.spectra}',)."
+            raise OptionError(message)
         unknown = [name for name in self.spectra if name not in SPECTRA]
         if unknown or not self.spectra or len(set(self.spectra)) < len(self.spectra):
             message = f"--spectra is '{','.join(self.spectra)}': expected some of {', '.join(SPECTRA)}, each once."

@@ -69,5 +69,5 @@ def analyze(
     if not as_json:
         click.echo(f"\nRun: {run.path}  (deltaspec show, export, plot)")
     if run.failures:
-        click.echo(f"{len(run.failures)} tensors failed; the others are stored in {run.path}.", err=True)
+        click.echo(f"Failed: {len(run.failures)} of the tensors; the others are stored in {run.path}.", err=True)
         sys.exit(1)

@@ -21,14 +21,14 @@ HEADS = {
 }
 SHARES = {"effective_rank_ratio", "rank_90_ratio"}
 LEGEND = """Medians over matrices. eff. rank: exp of the entropy of σ/Σσ; rank 90%: directions that keep 90 % of ‖ΔW‖²;
-of noise: the same for pure noise of the shape; > rounding: σ above what storage rounding explains; > noise: σ above
-dense noise of unknown size."""
+of noise: the rank before it, over that of pure noise of the shape; stable: Σσ²/σ₁²; > rounding: σ above what storage
+rounding explains; > noise: σ above dense noise of unknown size."""
 ROUNDING = "* counts directions that storage rounding explains, in some of the matrices: read '> rounding' there."
 
 
 def printable(text: str) -> str:
     """Escape control characters: tensor names are untrusted, and a terminal obeys them."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def cell(name: str, value: Any) -> str:
@@ -43,7 +43,7 @@ def cell(name: str, value: Any) -> str:
         return str(int(value))  # the median of an even number of counts
     if isinstance(value, float):
         return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
-    return str(value)
+    return printable(str(value))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -72,12 +72,13 @@ def render_plan(plan: Plan) -> str:
     from deltaspec.workflows.report import plan_rows
 
     left_out = [f"Left out: {row['tensor']} ({row['reason']})." for row in plan.skipped]
-    return printable("\n".join([table(plan_rows(plan)), *left_out, *(f"Note: {note}." for note in plan.notes)]))
+    said = [printable(line) for line in [*left_out, *(f"Note: {note}." for note in plan.notes)]]
+    return "\n".join([table(plan_rows(plan)), *said])
 
 
 def render(run: Run, view: str = "role") -> str:
     """Render a run's table by role, depth or matrix, then what was left out and what failed."""
-    from deltaspec.workflows.summary import VIEWS, skipped_by_reason, vectors_by_role
+    from deltaspec.workflows.summary import VIEWS, vectors_by_role
 
     rows = VIEWS[view](run.records)
     parts = [table(rows)] if rows else ["No matrix has a result."]
@@ -85,9 +86,19 @@ def render(run: Run, view: str = "role") -> str:
         by_depth = VIEWS["depth"](run.records)
         parts += [table(by_depth)] if by_depth else []
         parts += [table(vectors_by_role(run))] if run.vectors else []
-    parts.append(LEGEND)
+    if rows:
+        parts.append(LEGEND)
     if any(row["rounding"] for row in rows):
         parts.append(ROUNDING)
+    parts += map(printable, _remarks(run))
+    return "\n\n".join(parts)
+
+
+def _remarks(run: Run) -> list[str]:
+    """Say what was left out, assumed, odd, failed or not finished."""
+    from deltaspec.workflows.summary import describe_oddity, skipped_by_reason
+
+    parts = [note] if (note := describe_oddity(run.records)) else []
     for reason, names in skipped_by_reason(run):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         parts.append(f"Left out: {shown} ({reason}).")
@@ -100,4 +111,4 @@ def render(run: Run, view: str = "role") -> str:
         parts.append(
             f"Unfinished: {len(run.missing)} matrices have no result yet; run the same analyze command to go on."
         )
-    return printable("\n\n".join(parts))
+    return parts

@@ -25,7 +25,7 @@ GRIDS = {
     "F8_E5M2": Grid(2, -14),
 }
 # Dtypes whose values are often upcast on saving: stored dtype → coarser grids that its values may lie on.
-UPCAST = {"F64": ("F32", "F16", "BF16"), "F32": ("F16", "BF16")}
+UPCAST = {"F64": ("F32", "F16", "BF16"), "F32": ("F16", "BF16"), "F16": ("BF16",)}
 _EXPONENT_MASK = {
     torch.float64: (torch.int64, 0x7FF0 << 48),
     torch.float32: (torch.int32, 0x7F80 << 16),
@@ -46,8 +46,7 @@ def binade(values: Tensor, *, dtype: str) -> Tensor:
 
     Notes
     -----
-    Clearing the mantissa bits leaves the power of two, one integer operation for each element. Below 2⁻⁶³ its square
-    underflows in float32; weights that small round to spacings no delta can show.
+    Clearing the mantissa bits leaves the power of two, one integer operation for each element.
     """
     if values.dtype not in _EXPONENT_MASK:
         values = values.float()  # fp8: exact
@@ -62,7 +61,7 @@ def lies_on(values: Tensor, *, grid: str) -> bool:
 
     Parameters
     ----------
-    values : Tensor, float64 or float32
+    values : Tensor, float64, float32 or float16
     """
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[grid]
     return bool(torch.equal(values.to(dtype).to(values.dtype), values))

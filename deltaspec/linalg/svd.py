@@ -172,6 +172,9 @@ def _exact_route(
     except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
         message = "its SVD did not converge."
         raise NumericalError(message) from cause
+    if not abs(float(values.square().sum()) - energy) <= CERTIFICATE * energy:
+        message = "its SVD missed the certificate Σσ² = ‖·‖²."
+        raise NumericalError(message)
     bound = max(shape) * EPS * float(values[0])
     return Spectrum(values.cpu(), shape, energy, "qr+svd64", bound), basis
 

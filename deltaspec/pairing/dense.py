@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
+from deltaspec.linalg.numerics import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import Plan, VectorPair, chosen, refuse_shapes, unreadable
@@ -43,12 +45,27 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     _pair_other_layouts(plan, (base, tuned), known, (settled | set(mapping), settled | set(mapping.values())))
     roles = {key.role for name, *_ in wrong for key in _keys(known, name)}
     refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
+    _note_coarse_bases(plan)
     for pair in plan.pairs:
         if pair.guessed:
-            plan.notes.append(
-                f"'{pair.key.tensor}' is in no known family: taken for {pair.key.role}, depth {pair.key.depth}"
-            )
+            place = "" if pair.key.depth is None else f" of block {pair.key.depth}"
+            plan.notes.append(f"'{pair.key.tensor}' is in no known family: taken for {pair.key.role}{place}")
     return plan
+
+
+def _note_coarse_bases(plan: Plan) -> None:
+    """Say where a base stored more coarsely than the tuned side may itself be rounded: that is not modelled."""
+    kinds: Counter[tuple[str, str]] = Counter()
+    for pair in plan.pairs:
+        if isinstance(pair.base, MatrixSource) and isinstance(pair.tuned, MatrixSource):
+            base, tuned = pair.base.spec.dtype, pair.tuned.spec.dtype
+            if GRIDS[base].mantissa < GRIDS[tuned].mantissa and not base.startswith("F8"):
+                kinds[base, tuned] += 1
+    for (base, tuned), count in sorted(kinds.items()):
+        plan.notes.append(
+            f"{count} matrices are {base} in the base and {tuned} in the tuned model: if training began from a finer "
+            f"base, the rounding to {base} is counted as change"
+        )
 
 
 def _keys(known: Identification, name: str) -> list[MatrixKey]:

@@ -1,4 +1,4 @@
-"""Singular values on log axes, with the rounding edge and noise of the same shape and size."""
+"""Singular values on log axes, with the rounding edge and the noise null."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def draw_spectrum(columns: Columns, *, style: str = "neurips") -> Figure:
     Returns
     -------
     Figure
-        A panel per matrix: values solid, rounding edge dotted, noise of the same shape and size dashed.
+        A panel per matrix: values solid, rounding edge dotted, noise of the same shape and median dashed.
 
     Raises
     ------
@@ -182,6 +182,6 @@ def _label(figure: Figure, axes: Sequence[Axes], columns: Columns) -> None:
         handles.append(Line2D([], [], color="black", linestyle=EDGE_DASHES, label="largest that rounding explains"))
     if noise.size:
         handles.append(
-            Line2D([], [], color=NULL_COLOUR, linestyle=NULL_DASHES, label="noise of the same shape and size")
+            Line2D([], [], color=NULL_COLOUR, linestyle=NULL_DASHES, label="noise of the same shape and median")
         )
     legend_below(figure, handles)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from deltaspec.errors import RunError
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 
+LEFTOVER = re.compile(r".*\.(safetensors|json)\.([0-9]+)\.tmp")
 LONGEST_NAME = 180  # file systems take 255 bytes; suffixes need the rest
 
 
@@ -36,8 +36,25 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def is_leftover(path: Path) -> bool:
+    """Tell whether a file is what a write that was killed left behind: ours, and its process gone."""
+    match = LEFTOVER.fullmatch(path.name)
+    if match is None:
+        return False
+    try:
+        os.kill(int(match[2]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return int(match[2]) == os.getpid()
+
+
 def encode(record: MatrixRecord, spectrum: Spectrum) -> bytes:
     """Serialise a record and its spectrum: values float64, vectors float32."""
+    import torch  # here and in read_spectrum, so that showing a table loads no torch
+    from safetensors.torch import save
+
     tensors = {"singular_values": spectrum.singular_values.contiguous()}
     for name, vectors in (("left", spectrum.left), ("right", spectrum.right)):
         if vectors is not None:
@@ -55,7 +72,7 @@ def read_header(path: Path) -> dict[str, Any]:
         If the file is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             header: dict[str, Any] = json.loads((file.metadata() or {})["record"])
     except (SafetensorError, OSError, KeyError, ValueError) as cause:
         message = f"The record {path} cannot be read ({cause}): delete it and run the same analyze command again."
@@ -75,6 +92,8 @@ def read_record(path: Path) -> MatrixRecord:
 
 def read_spectrum(path: Path) -> Spectrum:
     """Read a record's singular values, and its vectors where they were kept."""
+    import torch
+
     header = read_header(path)
     with safe_open(path, framework="pt") as file:
         # Copied: a tensor that stays a view of the file would break when the file is replaced.

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.store.record import encode, file_stem, read_record, read_spectrum, write_atomically
+from deltaspec.store.record import encode, file_stem, is_leftover, read_record, read_spectrum, write_atomically
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT, VERSION = "deltaspec-run", 1
-IDENTITY = ("base", "tuned", "options")  # what must be the same for a run to go on
+IDENTITY = ("base", "tuned", "options", "deltaspec")  # what must be the same for a run to go on
 
 
 class Run:
@@ -31,6 +31,9 @@ class Run:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path, self.manifest = path, manifest
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -73,7 +76,7 @@ class Run:
         folder = Path(path)
         try:
             if not (folder / "manifest.json").exists():
-                if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                if folder.exists() and (not folder.is_dir() or not all(map(is_leftover, folder.iterdir()))):
                     message = f"{folder} exists and is not a run directory: pass another one with -o."
                     raise RunError(message)
                 text = json.dumps({"format": FORMAT, "version": VERSION, **manifest}, indent=1)
@@ -87,7 +90,7 @@ class Run:
                     "pass another folder with -o, or delete this one."
                 )
                 raise RunError(message)
-            for leftover in folder.glob("**/*.tmp"):
+            for leftover in filter(is_leftover, folder.glob("**/*.tmp")):
                 leftover.unlink(missing_ok=True)
         except OSError as cause:
             message = f"The run directory {folder} cannot be written ({cause.strerror}): pass another one with -o."
@@ -99,18 +102,30 @@ class Run:
         return self.path / "matrices" / depth / f"{file_stem(store_key)}{suffix}"
 
     def has(self, key: MatrixKey, store_key: str) -> bool:
-        """Tell whether this record is done: its file exists."""
-        return self._file(key, store_key).exists()
+        """Tell whether this record is done; a damaged one is removed, to be computed again."""
+        file = self._file(key, store_key)
+        if not file.exists():
+            return False
+        try:
+            read_record(file)
+        except RunError:
+            file.unlink()
+            return False
+        return True
 
     def put(self, record: MatrixRecord, spectrum: Spectrum) -> None:
         """Store a result by atomic rename; an earlier failure of the same matrix goes."""
         write_atomically(self._file(record.key, record.store_key), encode(record, spectrum))
-        self._file(record.key, record.store_key, ".failed.json").unlink(missing_ok=True)
+        self.drop_failure(record.key, record.store_key)
 
     def put_failure(self, key: MatrixKey, store_key: str, message: str) -> None:
         """Store why a matrix has no result; it is tried again on resume."""
         content = json.dumps({"key": store_key, "message": message}, indent=1)
         write_atomically(self._file(key, store_key, ".failed.json"), content.encode())
+
+    def drop_failure(self, key: MatrixKey, store_key: str) -> None:
+        """Forget that a matrix or vector failed, if it did."""
+        self._file(key, store_key, ".failed.json").unlink(missing_ok=True)
 
     def put_vectors(self, rows: list[dict[str, Any]]) -> None:
         """Store the relative changes of norms and biases."""
@@ -130,16 +145,14 @@ class Run:
     @cached_property
     def failures(self) -> dict[str, str]:
         """Matrices without a result: key → the sentence that says why."""
-        rows = [
-            json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.path.glob("matrices/*/*.failed.json"))
-        ]
+        rows = [_read_json(path) for path in sorted(self.path.glob("matrices/*/*.failed.json"))]
         return {row["key"]: row["message"] for row in rows}
 
     @cached_property
     def vectors(self) -> list[dict[str, Any]]:
         """Norms and biases: tensor, role, depth, stack, size, base_norm, relative_norm, unchanged_fraction."""
         file = self.path / "vectors.json"
-        rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        rows: list[dict[str, Any]] = _read_json(file) if file.exists() else []
         return rows
 
     @property
@@ -181,6 +194,14 @@ class Run:
         """Return the same as a DataFrame (pandas is optional)."""
         frame: pandas.DataFrame = require("pandas", extra="pandas").DataFrame(self.to_dicts())
         return frame
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as cause:
+        message = f"{path} cannot be read ({cause}): delete it and run the same analyze command again."
+        raise RunError(message) from cause
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:

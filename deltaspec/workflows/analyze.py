@@ -24,7 +24,7 @@ from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
 from deltaspec.pairing.plan import Plan, refuse_empty
 from deltaspec.store.run import Run
-from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.types import AdapterIndex, Checkpoint, LowRankSource
 from deltaspec.workflows.matrix import Task, analyze_matrix, memory_of
 from deltaspec.workflows.vectors import compare_vectors
 
@@ -105,9 +105,9 @@ def analyze(
     options = options or AnalyzeOptions()
     devices = resolve_devices(options.device, options.workers)
     plan, first, second = make_plan(base, tuned, options)
-    tasks = [Task(pair, of) for pair in plan.pairs for of in options.spectra]
+    tasks = _make_tasks(plan, options)
     manifest = _manifest(plan, first, second, options, tasks)
-    run = Run.create_or_resume(out if out is not None else default_path(manifest), manifest)
+    run = Run.create_or_resume(out or default_path(manifest), manifest)
     try:
         compare_vectors(plan, run)
         _fill(run, tasks, options, devices=devices, progress=progress)
@@ -130,9 +130,10 @@ def default_path(manifest: dict[str, Any]) -> Path:
 def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
     versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
     return {
-        "base": {"ref": base.ref, "revision": base.revision, "files": fingerprint(base)},
-        "tuned": {"ref": tuned.ref, "revision": tuned.revision, "files": fingerprint(tuned)},
+        "base": _identify_source(base),
+        "tuned": _identify_source(tuned),
         "options": options.identity(),
+        "deltaspec": versions["deltaspec"],
         "versions": {**versions, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "processor": platform.machine()},
         "family": plan.family,
@@ -140,6 +141,28 @@ def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, 
         "skipped": plan.skipped,
         "planned": [task.store_key for task in tasks],
     }
+
+
+def _identify_source(source: Source) -> dict[str, Any]:
+    """Fingerprints are samples, so times of modification are kept too: an edit between samples is not missed."""
+    modified = {file.name: file.stat().st_mtime_ns for file in source.files}
+    return {"ref": source.ref, "revision": source.revision, "files": fingerprint(source), "modified": modified}
+
+
+def _make_tasks(plan: Plan, options: AnalyzeOptions) -> list[Task]:
+    """One task for each pair and spectrum; a side that is stored as factors has no spectrum of its own."""
+    tasks = {}
+    for pair in plan.pairs:
+        for of in options.spectra:
+            task = Task(pair, of)
+            if of != "delta" and isinstance(pair.base if of == "base" else pair.tuned, LowRankSource):
+                plan.skip(task.store_key, "stored as factors alone: analyse the merged checkpoint for it")
+            elif task.store_key in tasks:
+                message = f"Two matrices would be stored as '{task.store_key}': leave one out with --exclude."
+                raise PairingError(message)
+            else:
+                tasks[task.store_key] = task
+    return list(tasks.values())
 
 
 def _fill(

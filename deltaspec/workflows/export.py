@@ -23,7 +23,7 @@ def to_csv(run: Run) -> bytes:
 
 def to_json(run: Run) -> bytes:
     """Render a JSON list of records."""
-    return (json.dumps(run.to_dicts(), indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(run.to_dicts(), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def to_parquet(run: Run) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,7 +13,7 @@ from deltaspec.delta import DenseDelta, energy_of, stream
 from deltaspec.errors import NumericalError
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.lowrank import svd_of_product
-from deltaspec.linalg.svd import EPS, decompose
+from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence, measure
 from deltaspec.types import LowRankSource, MatrixRecord, MatrixSource, Spectrum, TensorSpec, WeightPair
@@ -119,18 +120,10 @@ def _of_delta(pair: WeightPair, options: AnalyzeOptions, device: torch.device) -
 def _of_one(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[Evidence, Spectrum, str]:
     """Decompose W_base or W_tuned itself."""
     source = task.pair.base if task.spectrum_of == "base" else task.pair.tuned
-    if isinstance(source, LowRankSource):
-        message = (
-            f"it is stored as factors alone; analyse the merged checkpoint for the spectrum of {task.spectrum_of}."
-        )
-        raise NumericalError(message)
-    spectrum, note = decompose(
-        lambda: stream(source, device=device),
-        task.pair.shape,
-        device=device,
-        vectors=options.vectors,
-        exact=options.exact,
-    )
+    assert isinstance(source, MatrixSource)  # factors get no such task
+    exact = options.exact or source.spec.dtype == "F64"
+    blocks = partial(stream, source, device=device)
+    spectrum, note = decompose(blocks, task.pair.shape, device=device, vectors=options.vectors, exact=exact)
     return Evidence(spectrum), spectrum, note
 
 
@@ -156,7 +149,13 @@ def _spectrum_of_factors(source: LowRankSource, vectors: int, device: torch.devi
         message = "its factors hold NaN or infinity."
         raise NumericalError(message)
     left, values, right = (t.cpu() for t in svd_of_product(lora_B, lora_A))
+    energy = float(((lora_B.mT @ lora_B) * (lora_A @ lora_A.mT)).sum())
+    if not abs(float(values.square().sum()) - energy) <= CERTIFICATE * scale**2:
+        message = "the decomposition of its factors missed the certificate Σσ² = ‖·‖²."
+        raise NumericalError(message)
     bound = sum(source.view.shape) * EPS * scale
+    if not values.numel() or float(values[0]) <= bound:  # factors that cancel, an adapter against itself
+        return Spectrum(torch.zeros_like(values), source.view.shape, 0.0, "zero", bound)
     kept = min(vectors, int((values > bound).sum()))
     vector_pair = (left[:, :kept], right[:, :kept]) if vectors else (None, None)
     return Spectrum(values, source.view.shape, float(values.square().sum()), "qr-of-factors", bound, *vector_pair)

@@ -25,7 +25,7 @@ METADATA: dict[str, dict[str, Any]] = {"pdf": {"CreationDate": None}, "svg": {"D
 
 
 def plot(
-    run: Run, out: Path | None = None, *, formats: Sequence[str] = ("pdf", "svg", "png"), style: str = "neurips"
+    run: Run, out: str | Path | None = None, *, formats: Sequence[str] = ("pdf", "svg", "png"), style: str = "neurips"
 ) -> list[Path]:
     """Write every figure of a run, each beside the CSV of what it draws; return the paths.
 
@@ -54,7 +54,7 @@ def plot(
         singular_values: Floats = run.spectrum(record.store_key).singular_values.numpy()
         return singular_values
 
-    folder = run.path / "figures" if out is None else out
+    folder = run.path / "figures" if out is None else Path(out)
     written: list[Path] = []
     for name, entry in FIGURES.items():
         columns = entry.tabulate(records, values)
@@ -93,13 +93,19 @@ def render_figure(figure: Figure, *, formats: Sequence[str], style: str) -> dict
 
 
 def render_csv(columns: Columns) -> bytes:
-    """Return columns as CSV: absent numbers are empty, floats have the digits that identify them."""
+    """Return columns as CSV: absent numbers are empty, floats have ten digits, which any machine agrees on."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)
     for row in zip(*columns.values(), strict=True):
-        writer.writerow(["" if value is None or value != value else value for value in row])
+        writer.writerow([_cell(value) for value in row])
     return buffer.getvalue().encode()
+
+
+def _cell(value: object) -> object:
+    if value is None or value != value:
+        return ""
+    return f"{value:.10g}" if isinstance(value, float) else value
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -88,6 +88,17 @@ def _grouped(
     return rows
 
 
+def describe_oddity(records: list[MatrixRecord]) -> str:
+    """Say so where nothing changed, or where the change is as large as the weights; "" otherwise."""
+    changes = [r.metrics["relative_norm"] for r in records if r.spectrum_of == "delta"]
+    sizes = [float(change) for change in changes if change is not None]
+    if sizes and max(sizes) == 0.0:
+        return "Note: no matrix differs between the two models."
+    if sizes and median(sizes) > 1:
+        return "Note: the change is larger than the weights: is this model a fine-tune of that base?"
+    return ""
+
+
 def skipped_by_reason(run: Run) -> list[tuple[str, list[str]]]:
     """Reasons with the tensors they leave out, most first."""
     groups: defaultdict[str, list[str]] = defaultdict(list)

@@ -23,15 +23,18 @@ def compare_vectors(plan: Plan, run: Run) -> None:
     ----------
     plan : Plan
     run : Run
-        Skipped where a finished table is there already.
+        Skipped where a finished table without failures is there already.
     """
-    if (run.path / "vectors.json").exists():
+    failed = run.failures
+    if (run.path / "vectors.json").exists() and not any(pair.key.tensor in failed for pair in plan.vectors):
         return
     rows = []
     for pair in plan.vectors:
         row, problem = _compare(pair)
         if problem:
             run.put_failure(pair.key, pair.key.tensor, problem)
+        else:
+            run.drop_failure(pair.key, pair.key.tensor)
         rows.append(row)
     run.put_vectors(rows)
 
@@ -44,7 +47,7 @@ def _read(spec: TensorSpec | None, rows: int | None) -> Tensor:
 
 def _compare(pair: VectorPair) -> tuple[dict[str, Any], str]:
     """Return one row, and the sentence that says why it is empty if it is."""
-    size = pair.tuned.shape[0] if pair.tuned.shape else 1
+    size = math.prod(pair.tuned.shape)
     key = pair.key
     row: dict[str, Any] = {"tensor": key.tensor, "role": key.role, "depth": key.depth, "stack": key.stack, "size": size}
     empty: dict[str, Any] = {**row, "base_norm": None, "relative_norm": None, "unchanged_fraction": None}

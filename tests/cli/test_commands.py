@@ -168,6 +168,47 @@ def test_a_file_in_the_way_of_the_run_is_named(models, tmp_path):
     assert "cannot be written" in result.output
 
 
+def test_a_full_disk_behind_stdout_is_one_sentence(run):
+    code = "from deltaspec.cli.main import main; main()"
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 (a device)
+        done = subprocess.run(
+            [sys.executable, "-c", code, "show", str(run)], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.startswith(b"Error: cannot write the output")
+
+
+def test_showing_a_run_loads_no_torch(run):
+    code = (
+        "import sys; from deltaspec.cli.main import cli\n"
+        "try: cli(['show', sys.argv[1]])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], check=True, capture_output=True, text=True)
+    assert "q_proj" in done.stdout
+
+
+def test_unrelated_models_and_equal_ones_are_remarked_on(models, tmp_path):
+    other = write(tmp_path / "other", random_state(LLAMA, seed=9), LLAMA.config)
+    assert "larger than the weights" in call("analyze", models[0], other, "-o", tmp_path / "r", "--quiet").output
+    assert "no matrix differs" in call("analyze", models[0], models[0], "-o", tmp_path / "s", "--quiet").output
+
+
+def test_a_coarser_base_is_remarked_on(models, tmp_path):
+    base = write(tmp_path / "coarse", random_state(LLAMA, dtype=torch.bfloat16), LLAMA.config)
+    assert "BF16 in the base and F32" in call("analyze", base, models[1], "-o", tmp_path / "r", "--quiet").output
+
+
+def test_only_vectors_is_a_run_too(tmp_path):
+    for side, value in (("a", 1.0), ("b", 1.5)):
+        save_file({"model.norm.weight": torch.full((4,), value)}, tmp_path / f"{side}.safetensors")
+    result = call("analyze", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "-o", tmp_path / "r", "--quiet")
+    assert result.exit_code == 0
+    assert re.search(r"^norm +1 +0 +0\.5$", result.output, re.MULTILINE)
+    assert "eff. rank" not in result.output
+
+
 def test_stored_adapters_of_a_zero_delta(models, tmp_path):
     """Base against itself: zero everywhere, and not rank 1."""
     result = call("analyze", models[0], models[0], "-o", tmp_path / "run", "--json", "--quiet")
@@ -207,7 +248,7 @@ def test_the_command_line_takes_its_defaults_from_the_options():
 
 def test_a_hostile_name_prints_no_control_characters(tmp_path):
     """Terminal escapes in a tensor's name reach neither terminal nor file system."""
-    name = "evil\x1b[2J.weight"
+    name = "evil\x1b[2J.weight\nq_proj  999"
     for side, seed in (("a", 0), ("b", 1)):
         save_file(
             {name: torch.randn(4, 3, generator=torch.Generator().manual_seed(seed))}, tmp_path / f"{side}.safetensors"
@@ -215,4 +256,6 @@ def test_a_hostile_name_prints_no_control_characters(tmp_path):
     call("analyze", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "-o", tmp_path / "run", "--quiet")
     result = call("show", tmp_path / "run", "--by", "matrix")
     assert result.exit_code == 0
-    assert r"evil\x1b[2J.weight" in result.output
+    assert r"evil\x1b[2J.weight\nq_proj  999" in result.output
+    listed = call("analyze", tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--dry-run").output
+    assert r"evil\x1b[2J.weight\nq_proj  999" in listed

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import deltaspec
+from deltaspec.errors import RunError
+from deltaspec.types import MatrixKey
 from tests.families import write
 
 COMMAND = [sys.executable, "-c", "from deltaspec.cli.main import main; main()", "analyze"]
@@ -83,3 +85,24 @@ def test_interrupting_says_how_to_go_on(models, tmp_path):
     assert process.returncode == 1
     assert b"Traceback" not in errors
     assert b"same command" in errors
+
+
+def test_a_checkpoint_edited_in_place_is_refused(tmp_path):
+    """One row, far from every sample of the fingerprint: the old run must not pass for the new model."""
+    state = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4000, 64)}
+    base, tuned = (write(tmp_path / side, state, {}) for side in ("base", "tuned"))
+    deltaspec.analyze(base, tuned, tmp_path / "run")
+    state["model.layers.0.self_attn.q_proj.weight"][1000] = 1.0
+    write(tuned, state, {})
+    with pytest.raises(RunError, match=r"tuned\.modified"):
+        deltaspec.analyze(base, tuned, tmp_path / "run")
+
+
+def test_a_vector_that_failed_is_tried_again(tmp_path):
+    """Repaired without a trace, as after a read error, it succeeds and its failure goes."""
+    state = {"model.norm.weight": torch.ones(4), "model.layers.0.self_attn.q_proj.weight": torch.eye(4)}
+    base, tuned = (write(tmp_path / side, state, {}) for side in ("base", "tuned"))
+    run = deltaspec.analyze(base, tuned, tmp_path / "run")
+    run.put_failure(MatrixKey("model.norm.weight", role="norm"), "model.norm.weight", "the disk was away")
+    assert deltaspec.Run.load(run.path).failures
+    assert not deltaspec.analyze(base, tuned, tmp_path / "run").failures

@@ -110,6 +110,38 @@ def test_a_missed_certificate_falls_back_and_says_so(monkeypatch):
     assert np.allclose(found.singular_values.numpy(), np.linalg.svd(matrix.numpy(), compute_uv=False), rtol=1e-12)
 
 
+@pytest.mark.parametrize("broken", ["a value too large", "two values moved"])
+def test_either_certificate_alone_catches_its_fault(broken, monkeypatch):
+    """Moving two eigenvalues by the same amount keeps Σσ² and is seen in Σσ⁴ only."""
+    matrix = torch.from_numpy(np.random.default_rng(2).standard_normal((30, 20)))
+    honest = np.linalg.eigvalsh
+
+    def wrong(gram, UPLO):
+        values = honest(gram, UPLO)
+        values[-1] *= 1 + 1e-6
+        values[0] -= values[-1] * 1e-6 / (1 + 1e-6) if broken == "two values moved" else 0
+        return values
+
+    monkeypatch.setattr(np.linalg, "eigvalsh", wrong)
+    assert decompose(in_blocks(matrix), (30, 20), device=CPU)[0].method == "qr+svd64"
+
+
+def test_the_exact_route_has_a_certificate_too(monkeypatch):
+    matrix = torch.from_numpy(np.random.default_rng(2).standard_normal((30, 20)))
+    honest = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: honest(a) * 1.05)
+    with pytest.raises(NumericalError, match="certificate"):
+        decompose(in_blocks(matrix), (30, 20), device=CPU, exact=True)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_vectors_that_drown_in_the_bound_are_not_kept(exact):
+    matrix = with_spectrum((40, 30), np.array([1.0, 0.5] + [0.0] * 28))
+    found, _ = decompose(in_blocks(matrix), (40, 30), device=CPU, vectors=5, exact=exact)
+    assert found.left.shape == (40, 2)
+    assert torch.allclose(found.left.mT @ found.left, torch.eye(2, dtype=torch.float64), atol=1e-12)
+
+
 def test_a_zero_matrix_is_zero_and_an_empty_one_empty():
     zero, _ = decompose(in_blocks(torch.zeros(6, 4, dtype=torch.float64)), (6, 4), device=CPU)
     assert (zero.energy, zero.singular_values.tolist(), zero.error_bound) == (0.0, [0.0] * 4, 0.0)

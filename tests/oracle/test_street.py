@@ -110,6 +110,69 @@ def test_fp8_with_block_scales_is_dequantised_and_its_rounding_known(tmp_path):
     assert record.metrics["rank_above_rounding"] == 4
 
 
+@pytest.mark.parametrize("tuned_dtype", ["BF16", "F32"])
+def test_an_fp8_base_leaves_its_own_rounding(tuned_dtype, tmp_path):
+    """Only the base is quantised: the edge covers its rounding, in its own unit, and the planted rank is found."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 256, generator=generator) * 0.02
+    update = torch.randn(256, 4, generator=generator) @ torch.randn(4, 256, generator=generator) * 0.004
+    codes = (weight / 4e-4).to(torch.float8_e4m3fn)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({name: codes, f"{name}_scale": torch.tensor([4e-4])}, tmp_path / "base.safetensors")
+    tuned = (weight + update).to(DTYPES[tuned_dtype])
+    save_file({name: tuned}, tmp_path / "tuned.safetensors")
+    run = deltaspec.analyze(
+        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "run", options=CPU
+    )
+    noise = tuned.double() - codes.double() * float(torch.tensor(4e-4)) - update.double()
+    assert 1 < run.records[0].metrics["rounding_edge"] / float(torch.linalg.matrix_norm(noise, 2)) < 1.3
+    assert run.records[0].metrics["rank_above_rounding"] == 4
+
+
+def test_fp8_without_scales_is_what_it_says(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    states = [{"l.0.q_proj.weight": torch.randn(32, 16, generator=generator).to(torch.float8_e4m3fn)} for _ in range(2)]
+    for side, state in zip(("base", "tuned"), states, strict=True):
+        save_file(state, tmp_path / f"{side}.safetensors")
+    run = deltaspec.analyze(
+        tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "run", options=CPU
+    )
+    before, after = (state["l.0.q_proj.weight"].double().numpy() for state in states)
+    exact = np.linalg.svd(after - before, compute_uv=False)
+    assert np.allclose(run.spectrum("l.0.q_proj.weight").singular_values.numpy(), exact, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "unet"])
+def test_left_values_right_multiply_to_plus_the_change(name, tmp_path):
+    """W_tuned - W_base, not its negative, in the matrix's own orientation."""
+    family = next(f for key, f in FAMILIES.items() if key.startswith(name))
+    base = random_state(family)
+    tuned = tune(base)
+    folders = [write(tmp_path / side, state, family.config) for side, state in (("b", base), ("t", tuned))]
+    run = deltaspec.analyze(*folders, tmp_path / "run", options=deltaspec.AnalyzeOptions(device="cpu", vectors=10**6))
+    known = identify({n: tuple(t.shape) for n, t in base.items()}, family.config)
+    views = {str(i.key): i.view for found in known.matrices.values() for i in found}
+    for record in run.records:
+        view = views[record.store_key]
+        before, after = (view_matrix(state[record.key.tensor], view).double() for state in (base, tuned))
+        found = run.spectrum(record.store_key)
+        k = found.left.shape[1]
+        product = (found.left * found.singular_values[:k]) @ found.right.mT
+        assert (product - (after - before)).norm() < 1e-6 * (after - before).norm()
+
+
+def test_bf16_saved_as_fp16_is_seen(tmp_path):
+    family = FAMILIES["llama"]
+    base = {n: (t * 0.02).bfloat16() for n, t in random_state(family).items()}
+    tuned = {n: t.bfloat16().half() for n, t in tune({n: t.float() for n, t in base.items()}, 6e-4).items()}
+    kept = {n: t for n, t in tuned.items() if torch.equal(t.bfloat16().half(), t)}
+    folders = [write(tmp_path / side, state, family.config) for side, state in (("b", base), ("t", tuned))]
+    run = deltaspec.analyze(*folders, tmp_path / "run", options=CPU)
+    seen = {r.key.tensor for r in run.records if any("BF16 saved as F16" in note for note in r.notes)}
+    assert seen == {r.key.tensor for r in run.records} & set(kept)
+    assert seen
+
+
 @pytest.mark.parametrize(("before", "after"), [("F32", "BF16"), ("BF16", "F32"), ("F16", "BF16"), ("F64", "F32")])
 def test_two_dtypes_meet_in_float64(before, after, tmp_path):
     """The difference is that of the stored numbers; rounding is the tuned file's."""

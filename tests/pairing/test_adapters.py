@@ -146,7 +146,7 @@ def test_modules_saved_whole_pair_with_the_base_or_are_listed(tmp_path):
     assert [row["tensor"] for row in run.skipped] == ["score.weight"]
 
 
-def test_spectra_of_a_tuned_weight_that_is_only_factors_is_a_recorded_failure(tmp_path):
+def test_a_side_that_is_only_factors_has_no_spectrum_of_its_own(tmp_path):
     family = FAMILIES["llama"]
     state = random_state(family)
     base = write(tmp_path / "base", state, family.config)
@@ -155,4 +155,37 @@ def test_spectra_of_a_tuned_weight_that_is_only_factors_is_a_recorded_failure(tm
     options = deltaspec.AnalyzeOptions(device="cpu", spectra=("delta", "base", "tuned"))
     run = deltaspec.analyze(base, lora, tmp_path / "run", options=options)
     assert {r.spectrum_of for r in run.records} == {"delta", "base"}
-    assert "merged" in run.failures[f"{name}.weight#tuned"]
+    assert not run.failures
+    assert "merged" in next(row["reason"] for row in run.skipped if row["tensor"] == f"{name}.weight#tuned")
+
+
+def test_an_adapter_against_itself_is_zero(tmp_path):
+    lora = adapter(tmp_path / "lora", {"model.layers.0.self_attn.q_proj": factors(12, 10)})
+    (record,) = deltaspec.analyze(lora, lora, tmp_path / "run", options=OPTIONS).records
+    assert (record.method, record.metrics["effective_rank"], record.metrics["rank_90"]) == ("zero", 0, 0)
+
+
+def test_an_adapters_bias_is_scaled(tmp_path):
+    family = FAMILIES["gpt2"]
+    state = random_state(family)
+    base = write(tmp_path / "base", state, family.config)
+    name = next(n for n in state if n.endswith("mlp.c_fc.weight")).removesuffix(".weight")
+    lora = adapter(tmp_path / "lora", {name: factors(*state[f"{name}.weight"].shape[::-1])}, lora_bias=True)
+    stored = load_file(lora / "adapter_model.safetensors")
+    bias = torch.randn(state[f"{name}.bias"].shape, generator=torch.Generator().manual_seed(5))
+    save_file({**stored, f"base_model.model.{name}.lora_B.bias": bias}, lora / "adapter_model.safetensors")
+    run = deltaspec.analyze(base, lora, tmp_path / "run", options=OPTIONS)
+    (row,) = run.vectors
+    assert row["tensor"] == f"{name}.bias"
+    expected = 2 * float(bias.double().norm() / state[f"{name}.bias"].double().norm())
+    assert row["relative_norm"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_factors_of_a_head_that_the_base_ties_pair_with_its_embedding(tmp_path):
+    embed = "model.embed_tokens.weight"
+    state = {embed: torch.randn(9, 4), "model.layers.0.mlp.up_proj.weight": torch.randn(6, 4)}
+    base = write(tmp_path / "base", state, {"model_type": "llama"})
+    lora = adapter(tmp_path / "lora", {"lm_head": factors(9, 4)})
+    run = deltaspec.analyze(base, lora, tmp_path / "run", options=OPTIONS)
+    assert run.records[0].metrics["base_norm"] == pytest.approx(float(state[embed].double().norm()))
+    assert any("tied" in note for note in run.manifest["notes"])

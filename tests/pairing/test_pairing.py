@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -184,3 +186,70 @@ def test_a_single_file_pairs_with_a_folder(tmp_path):
     save_file(BODY, tmp_path / "base.safetensors")
     write(tmp_path / "tuned", BODY, {})
     assert len(make_plan(tmp_path / "base.safetensors", tmp_path / "tuned", OPTIONS)[0].pairs) == 1
+
+
+def test_no_layer_is_taken_for_another():
+    """Two shards of one model: layer 0 is not layer 7, and layers 0 to 3 are not 4 to 7."""
+    roles = ("q", "k", "v")
+    base = [f"layers.{i}.{r}.weight" for i in range(4) for r in roles]
+    tuned = [f"layers.{i}.{r}.weight" for i in range(4, 8) for r in roles]
+    assert align_names(base, tuned) == ({}, "")
+
+
+def test_many_experts_align_in_a_moment():
+    names = [f"layers.{i}.experts.{e}.{r}.weight" for i in range(12) for e in range(64) for r in ("up", "gate", "down")]
+    start = time.process_time()
+    mapping, _ = align_names(["model." + n for n in names], ["model.language_model." + n for n in names])
+    assert len(mapping) == len(names)
+    assert time.process_time() - start < 2
+
+
+def test_a_prefix_change_leaves_nothing_open(tmp_path):
+    """What paired under a prefix is settled: not listed again, and not paired a second time."""
+    base = {f"model.layers.{i}.self_attn.q_proj.weight": matrix(4, 4, seed=i) for i in range(3)}
+    tuned = {name.replace("model.", "model.language_model."): t + 1 for name, t in base.items()}
+    tuned["mtp.layers.0.self_attn.q_proj.weight"] = matrix(4, 4, seed=9)
+    plan = pair(tmp_path, base, tuned, {"model_type": "llama"})
+    assert [str(p.key) for p in plan.pairs] == list(base)
+    assert reasons(plan) == {"mtp.layers.0.self_attn.q_proj.weight": "only in the tuned model"}
+
+
+def test_what_pairs_in_part_lists_the_rest(tmp_path):
+    """A fused gate and up against a gate alone: the gate is compared, the up listed."""
+    prefix = "model.layers.0.mlp."
+    config = {"model_type": "phi3", "num_attention_heads": 2, "hidden_size": 4}
+    fused = {f"{prefix}gate_up_proj.weight": matrix(12, 4)}
+    plan = pair(tmp_path, fused, {f"{prefix}gate_proj.weight": matrix(6, 4, seed=1)}, config)
+    assert [p.key.role for p in plan.pairs] == ["gate_proj"]
+    assert reasons(plan) == {f"{prefix}gate_up_proj.weight/up_proj": "only in the base"}
+
+
+@pytest.mark.parametrize("apart", ["base", "tuned"])
+def test_weights_tied_in_one_model_alone_are_both_compared(apart, tmp_path):
+    """Shared memory in one .bin, two tensors in the other: the second is no copy of the first any more."""
+    for side in ("base", "tuned"):
+        embed = matrix(9, 4, seed=len(side))
+        (tmp_path / side).mkdir()
+        head = matrix(9, 4, seed=7) if side == apart else embed
+        torch.save({**BODY, EMBED: embed, HEAD: head}, tmp_path / side / "pytorch_model.bin")
+    plan = make_plan(tmp_path / "base", tmp_path / "tuned", OPTIONS)[0]
+    assert {p.key.tensor for p in plan.pairs} == {EMBED, HEAD, *BODY}
+    assert not plan.skipped
+
+
+def test_a_tied_head_is_compared_where_the_embedding_is_left_out(tmp_path):
+    base, tuned = {**BODY, EMBED: matrix(9, 4)}, {**BODY, EMBED: matrix(9, 4, seed=1)}
+    plan = pair(tmp_path, {**base, HEAD: base[EMBED].clone()}, {**tuned, HEAD: tuned[EMBED].clone()}, include="lm_head")
+    assert [p.key.tensor for p in plan.pairs] == [HEAD]
+
+
+def test_two_matrices_of_one_key_are_refused(tmp_path):
+    state = {"w": matrix(3, 3), "w#base": matrix(3, 3)}
+    folders = [write(tmp_path / side, state, {}) for side in ("b", "t")]
+    with pytest.raises(PairingError, match="stored as 'w#base'"):
+        deltaspec.analyze(*folders, tmp_path / "r", options=deltaspec.AnalyzeOptions(spectra=("delta", "base")))
+
+
+def test_a_very_long_number_in_a_name_is_no_crash(tmp_path):
+    name = f"layers.{'9' * 5000}.weight"
+    assert len(pair(tmp_path, {name: matrix(3, 2)}, {name: matrix(3, 2, seed=1)}).pairs) == 1

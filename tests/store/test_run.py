@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,13 +98,37 @@ def test_other_contents_or_options_are_refused_with_the_difference(tmp_path):
 
 
 def test_leftovers_of_a_killed_write_go_and_are_no_records(tmp_path):
+    """Ours and of a process that is gone; a live process's and a user's files stay."""
     run = Run.create_or_resume(tmp_path / "run", MANIFEST)
-    (run.path / "matrices" / "0").mkdir(parents=True)
-    leftover = run.path / "matrices" / "0" / "w.safetensors.123.tmp"
-    leftover.write_bytes(b"half")
-    assert Run.load(run.path).records == []
+    folder = run.path / "matrices" / "0"
+    folder.mkdir(parents=True)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    leftover = folder / f"w.safetensors.{int(dead.stdout)}.tmp"
+    kept = [folder / f"w.safetensors.{os.getppid()}.tmp", folder / "notes.tmp"]
+    for file in (leftover, *kept):
+        file.write_bytes(b"half")
+    assert Run.load(tmp_path / "run").records == []
     Run.create_or_resume(tmp_path / "run", MANIFEST)
     assert not leftover.exists()
+    assert all(file.exists() for file in kept)
+
+
+def test_killed_before_its_manifest_a_run_begins_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json.99999999.tmp").write_text("{")
+    assert Run.create_or_resume(tmp_path / "run", MANIFEST).records == []
+
+
+def test_a_damaged_record_is_computed_again(tmp_path):
+    run = Run.create_or_resume(tmp_path / "run", MANIFEST)
+    put, spectrum = record("w")
+    for content in (b"", b"x" * 40):
+        run.put(put, spectrum)
+        file = next(run.path.glob("matrices/*/*"))
+        assert run.has(put.key, "w")
+        file.write_bytes(content)
+        assert not run.has(put.key, "w")
+        assert not file.exists()
 
 
 @pytest.mark.parametrize(
