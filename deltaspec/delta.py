@@ -36,7 +36,7 @@ class DenseDelta:
         self.base, self.tuned, self.device = base, tuned, device
         self.shape = base.view.shape
         self.base_energy = 0.0
-        self._tally: _Tally | None = None
+        self._rounding: Rounding | None = None
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield ΔW in float64 blocks: rows of a tall matrix, columns of a wide one; each overwrites the last.
@@ -44,7 +44,7 @@ class DenseDelta:
         Both sides are upcast before subtracting: in bf16 the difference alone would lose 3e-4 of itself.
         """
         base, tuned = open_matrix(self.base), open_matrix(self.tuned)
-        tally = None if self._tally else _Tally(base, tuned, self.shape, device=self.device)
+        tally = None if self._rounding else _Tally(base, tuned, self.shape, device=self.device)
         for span, block in _spans(self.shape, self.device):
             block.copy_(_read(base, span, self.shape, self.device))
             if tally:
@@ -55,16 +55,17 @@ class DenseDelta:
                 tally.add(span, block, after)
             yield block
         if tally:
-            self._tally, self.base_energy = tally, float(tally.base_energy)
+            # The tally holds both files; kept, it would leave them mapped while eigenvalues are computed.
+            self._rounding, self.base_energy = tally.result(), float(tally.base_energy)
 
     @property
     def rounding(self) -> Rounding:
         """What rounding must leave in ΔW; known after the first pass of ``blocks``."""
-        if self._tally is None:
+        if self._rounding is None:
             for _ in self.blocks():
                 pass
-        assert self._tally is not None
-        return self._tally.result()
+        assert self._rounding is not None
+        return self._rounding
 
 
 def stream(source: MatrixSource, *, device: torch.device) -> Iterator[Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from safetensors.torch import save_file
 import deltaspec
 from deltaspec.architecture.match import identify
 from deltaspec.architecture.views import view_matrix
+from deltaspec.delta import DenseDelta
+from deltaspec.types import MatrixSource, TensorSpec, View
 from tests.families import FAMILIES, random_state, write
 from tests.oracle.reference import metrics
 
@@ -203,6 +207,20 @@ def test_bf16_saved_as_fp32_is_seen(tmp_path):
             metrics(before, after, "BF16")["rounding_edge"], rel=1e-6
         )
         assert any("BF16 saved as F32" in note for note in record.notes)
+
+
+def test_a_pass_leaves_no_file_mapped(tmp_path):
+    """What outlives a pass is numbers: mapped files would count as memory while eigenvalues are computed."""
+    state = {"w": torch.randn(64, 32, generator=torch.Generator().manual_seed(0))}
+    sources = []
+    for side in ("base", "tuned"):
+        file = write(tmp_path / side, {"w": state["w"] + len(side)}, {}) / "model.safetensors"
+        sources.append(MatrixSource(TensorSpec("w", file, (64, 32), "F32"), View((64, 32))))
+    delta = DenseDelta(*sources, device=torch.device("cpu"))
+    assert sum(len(block) for block in delta.blocks()) == 64
+    assert delta.rounding.grid == "F32"
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("options", [{}, {"vectors": 3}, {"exact": True}], ids=str)
