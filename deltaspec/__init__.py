@@ -1,4 +1,4 @@
-"""deltaspec: what did fine-tuning change? Singular-value spectra of weight deltas."""
+"""deltaspec: what fine-tuning changed, as singular-value spectra and as LoRA adapters."""
 
 from __future__ import annotations
 
@@ -7,21 +7,55 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltaspec.errors import DeltaspecError
-    from deltaspec.options import AnalyzeOptions
+    from deltaspec.options import (
+        AnalyzeOptions,
+        CalibrateOptions,
+        ExtractOptions,
+        FormOptions,
+        MergeOptions,
+        RankOptions,
+    )
     from deltaspec.spectra.metrics import METRICS
     from deltaspec.store.run import Run
     from deltaspec.workflows.analyze import analyze
+    from deltaspec.workflows.calibrate import calibrate
+    from deltaspec.workflows.combine import combine
+    from deltaspec.workflows.extract import extract
+    from deltaspec.workflows.merge import merge
     from deltaspec.workflows.plot import plot
+    from deltaspec.workflows.verify import verify
 
-__all__ = ["METRICS", "AnalyzeOptions", "DeltaspecError", "Run", "analyze", "plot"]
+__all__ = [
+    "METRICS",
+    "AnalyzeOptions",
+    "CalibrateOptions",
+    "DeltaspecError",
+    "ExtractOptions",
+    "FormOptions",
+    "MergeOptions",
+    "RankOptions",
+    "Run",
+    "analyze",
+    "calibrate",
+    "combine",
+    "extract",
+    "merge",
+    "plot",
+    "verify",
+]
 
 _HOMES = {
     "METRICS": "deltaspec.spectra.metrics",
-    "AnalyzeOptions": "deltaspec.options",
+    **dict.fromkeys(
+        ("AnalyzeOptions", "CalibrateOptions", "ExtractOptions", "FormOptions", "MergeOptions", "RankOptions"),
+        "deltaspec.options",
+    ),
     "DeltaspecError": "deltaspec.errors",
     "Run": "deltaspec.store.run",
-    "analyze": "deltaspec.workflows.analyze",
-    "plot": "deltaspec.workflows.plot",
+    **{
+        name: f"deltaspec.workflows.{name}"
+        for name in ("analyze", "calibrate", "combine", "extract", "merge", "plot", "verify")
+    },
 }
 
 

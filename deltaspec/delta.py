@@ -37,12 +37,17 @@ class DenseDelta:
         self.shape = base.view.shape
         self.base_energy = 0.0
         self._rounding: Rounding | None = None
+        self._held: Tensor | None = None
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield ΔW in float64 blocks: rows of a tall matrix, columns of a wide one; each overwrites the last.
 
         Both sides are upcast before subtracting: in bf16 the difference alone would lose 3e-4 of itself.
         """
+        if self._held is not None:
+            for span, block in _spans(self.shape, self.device):
+                yield block.copy_(self._cut(self._held, span))
+            return
         base, tuned = open_matrix(self.base), open_matrix(self.tuned)
         tally = None if self._rounding else _Tally(base, tuned, self.shape, device=self.device)
         for span, block in _spans(self.shape, self.device):
@@ -57,6 +62,29 @@ class DenseDelta:
         if tally:
             # The tally holds both files; kept, it would leave them mapped while eigenvalues are computed.
             self._rounding, self.base_energy = tally.result(), float(tally.base_energy)
+
+    def hold(self) -> Tensor | None:
+        """Form ΔW whole in float32, (d_out, d_in), for later passes of ``blocks`` to read; None unless both are 16-bit.
+
+        The difference of two bfloat16 or two float16 numbers fits float32, unless one is 2¹⁶ times the other, and then
+        it is right to 2⁻²⁴ of itself.
+        """
+        if not {self.base.spec.dtype, self.tuned.spec.dtype} <= {"BF16", "F16"} or self.base.spec.scale:
+            return None
+        base, tuned = open_matrix(self.base), open_matrix(self.tuned)
+        tally = _Tally(base, tuned, self.shape, device=self.device)
+        whole = torch.empty(self.shape, dtype=torch.float32, device=self.device)
+        for span, _ in _spans(self.shape, self.device):
+            part = self._cut(whole, span).copy_(_read(base, span, self.shape, self.device))
+            tally.base_energy += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            after = _read(tuned, span, self.shape, self.device)
+            torch.sub(after, part, out=part)
+            tally.add(span, part, after)
+        self._rounding, self.base_energy, self._held = tally.result(), float(tally.base_energy), whole
+        return whole
+
+    def _cut(self, whole: Tensor, span: slice) -> Tensor:
+        return whole[span] if self.shape[0] >= self.shape[1] else whole[:, span]
 
     @property
     def rounding(self) -> Rounding:
@@ -131,20 +159,21 @@ class _Tally:
     def add(self, span: slice, block: Tensor, after: Tensor) -> None:
         """Count one block of ΔW and the tuned weights it came from."""
         axis = 1 if self.shape[0] >= self.shape[1] else 0  # the shorter axis
-        changed = block.sign().abs_().sum(axis)  # a count in float64: half the time of count_nonzero
+        changed = block.sign().abs_().sum(axis)  # a count of floats: half the time of count_nonzero
         self.changed += changed.sum()
         self.grids = [grid for grid in self.grids if lies_on(after, grid=grid)]
-        squares = [_binades(self.tuned, span, after, axis=1 - axis).square_()]
+        squares = [_binades(self.tuned, span, after, axis=1 - axis, dtype=block.dtype).square_()]
         if self.base:
             values = _read(self.base, span, self.shape, block.device)
             unit = 2.0 ** -GRIDS[self.base.dtype].mantissa
-            squares.append(_binades(self.base, span, values, axis=1 - axis).mul_(unit).square_())
+            powers = _binades(self.base, span, values, axis=1 - axis, dtype=block.dtype)
+            squares.append(powers.mul_(unit).square_())
         touched = changed > 0  # an untouched row or column was never rounded
         for side, square in enumerate(squares):
             if not bool(touched.all()):
                 square *= touched.unsqueeze(axis)
             self.across[side] += square.sum(1 - axis)
-        self.along.append(torch.stack([square.sum(axis) for square in squares]))
+        self.along.append(torch.stack([square.sum(axis).double() for square in squares]))
 
     def result(self) -> Rounding:
         """Close the count, with the spacing of the coarsest grid that all tuned values lie on."""
@@ -164,9 +193,9 @@ class _Tally:
         )
 
 
-def _binades(stored: StoredMatrix, span: slice, values: Tensor, *, axis: int) -> Tensor:
-    """2^⌊log₂|w|⌋ of stored numbers, times their scale where they are quantised; float64."""
+def _binades(stored: StoredMatrix, span: slice, values: Tensor, *, axis: int, dtype: torch.dtype) -> Tensor:
+    """2^⌊log₂|w|⌋ of stored numbers, times their scale where they are quantised."""
     if not stored.scaled:
-        return binade(values, dtype=stored.dtype).double()
+        return binade(values, dtype=stored.dtype).to(dtype)
     codes, scale = stored.codes(span, axis=axis)
     return binade(codes.to(values.device), dtype=stored.dtype).double().mul_(scale.to(values.device))

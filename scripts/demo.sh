@@ -7,3 +7,5 @@ make_environment .venv ''
 eval "$(.venv/bin/python scripts/headline_pair.py)"
 .venv/bin/deltaspec analyze "$BASE" "$TUNED" -o runs/demo
 .venv/bin/deltaspec plot runs/demo -o figures
+.venv/bin/deltaspec extract "$BASE" "$TUNED" --rank 16 -o adapters/demo --overwrite
+.venv/bin/deltaspec verify "$BASE" "$TUNED" adapters/demo

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import deltaspec
+from deltaspec import options
 from deltaspec.architecture.roles import ROLES
 from deltaspec.cli.main import COMMANDS
+from deltaspec.extraction.ranks import POLICIES
 from deltaspec.linalg.svd import ROUTES
 from deltaspec.plots.figures import FIGURES
 from deltaspec.plots.style import ROLE_STYLE
@@ -61,6 +63,13 @@ def test_public_names_resolve_lazily():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = deltaspec.nothing
+
+
+def test_policies_are_one_table():
+    assert set(options.POLICIES) == set(POLICIES)
+    assert all(policy.description and policy.unit for policy in POLICIES.values())
+    assert all(f"`--{name.replace('_', '-')}`" in README for name in POLICIES)
+    assert {name for name, policy in POLICIES.items() if policy.needs == "all"} == set(options.BUDGETS)
 
 
 def test_the_readme_has_every_metric_command_figure_and_role():

@@ -9,6 +9,7 @@ from dataclasses import fields
 import click
 
 from deltaspec.cli.progress import Progress
+from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import render, render_plan
 from deltaspec.options import AnalyzeOptions
 
@@ -59,12 +60,8 @@ def analyze(
         plan = make_plan(base, tuned, options)[0]
         click.echo(json.dumps(plan_to_json(plan)) if as_json else render_plan(plan))
         return
-    try:
-        with Progress(quiet=quiet) as progress:
-            run = run_analysis(base, tuned, out, options=options, progress=progress)
-    except KeyboardInterrupt:
-        click.echo("Stopped; run the same command again to go on from here.", err=True)
-        sys.exit(1)
+    with stoppable(), Progress(quiet=quiet) as progress:
+        run = run_analysis(base, tuned, out, options=options, progress=progress)
     click.echo(json.dumps(run_to_json(run), ensure_ascii=False) if as_json else render(run))
     if not as_json:
         click.echo(f"\nRun: {run.path}  (deltaspec show, export, plot)")

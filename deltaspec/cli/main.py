@@ -12,6 +12,12 @@ from deltaspec.errors import DeltaspecError
 
 COMMANDS = {
     "analyze": "Decompose what fine-tuning changed, matrix by matrix, into a run directory.",
+    "extract": "Turn a full fine-tune into a LoRA adapter, with a certificate.",
+    "verify": "Read an adapter back and recompute how good it is.",
+    "calibrate": "Measure what a model's layers take in on a text, for a data-aware extraction.",
+    "combine": "Add adapters to each other and recompress the sum.",
+    "resize": "Write an adapter at another rank.",
+    "merge": "Add adapters to their base, shard by shard, and say what rounding lost.",
     "show": "Print a run's table again: by role, by depth or by matrix.",
     "export": "Write a run's records as CSV, JSON or Parquet.",
     "plot": "Draw a run's figures.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ def fetch(repo: str, revision: str) -> tuple[Path, str]:
         if folder is not None and _needed(folder) == []:
             return folder, folder.name  # only a config is missing, which the model may not have
         raise
+
+
+def fetch_others(repo: str, revision: str, *, chosen: Callable[[str], bool]) -> None:
+    """Bring those files of a model into the cache whose names ``chosen`` takes, beside what is there.
+
+    Raises
+    ------
+    CheckpointError
+        If the hub is switched off or out of reach, or does not give one.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise _failure(repo, revision, "HF_HUB_OFFLINE is set, so files beside the weights cannot be looked for")
+    for sibling in _ask(repo, revision).siblings or []:
+        if chosen(sibling.rfilename):
+            _get(repo, sibling.rfilename, revision)
 
 
 def _failure(repo: str, revision: str, what: str) -> CheckpointError:

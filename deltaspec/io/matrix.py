@@ -8,7 +8,7 @@ from torch import Tensor
 from deltaspec.errors import CheckpointError
 from deltaspec.io import pickled, shards
 from deltaspec.io.quantised import dequantise, fit_block, scale_grid
-from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, TensorSpec, View
+from deltaspec.types import LowRankDelta, LowRankSource, LowRankTerm, MatrixSource, TensorSpec, View
 
 
 def read_tensor(spec: TensorSpec) -> Tensor:
@@ -97,6 +97,8 @@ def open_matrix(source: MatrixSource) -> StoredMatrix:
 def read_low_rank(source: LowRankSource) -> LowRankDelta:
     """Read the factors of Σ scaling·B·A as one pair, side by side along r, scaling folded into lora_B.
 
+    Of a stack of experts the view's expert is read; a transposed view says that its product is stored (d_in, d_out).
+
     Returns
     -------
     LowRankDelta
@@ -111,8 +113,11 @@ def read_low_rank(source: LowRankSource) -> LowRankDelta:
     pieces_A = [torch.zeros(0, d_in, dtype=torch.float64)]
     pieces_B = [torch.zeros(d_out, 0, dtype=torch.float64)]
     for term in source.terms:
-        lora_A, lora_B = (read_tensor(spec).to(torch.float64).flatten(1) for spec in (term.lora_A, term.lora_B))
-        if term.embedding:
+        lora_A, lora_B = (read_tensor(spec).flatten(1) for spec in (term.lora_A, term.lora_B))
+        if term.experts:
+            lora_A, lora_B = _unfold(lora_A, lora_B, term, source.view)
+        lora_A, lora_B = lora_A.to(torch.float64), lora_B.to(torch.float64)  # of a stack, one expert's alone
+        if term.embedding or (term.experts and source.view.transposed):
             lora_A, lora_B = lora_B.mT, lora_A.mT
         lora_B = lora_B[_row_ids(lora_B.shape[0], source.view, spec=term.lora_B)]
         found = (lora_B.shape[0], lora_A.shape[1])
@@ -121,6 +126,14 @@ def read_low_rank(source: LowRankSource) -> LowRankDelta:
         pieces_A.append(lora_A)
         pieces_B.append(lora_B * term.scaling)
     return LowRankDelta(lora_A=torch.cat(pieces_A), lora_B=torch.cat(pieces_B, dim=1))
+
+
+def _unfold(lora_A: Tensor, lora_B: Tensor, term: LowRankTerm, view: View) -> tuple[Tensor, Tensor]:
+    """Take one expert's factors: lora_A folds (expert, r), lora_B (r, expert)."""
+    expert, count = view.expert, term.experts
+    if expert is None or not 0 <= expert < count or lora_A.shape[0] % count or lora_B.shape[1] % count:
+        raise _unfit(term.lora_A, view, f"its {count} experts have no expert {expert}")
+    return lora_A.view(count, -1, lora_A.shape[1])[expert], lora_B.reshape(lora_B.shape[0], -1, count)[:, :, expert]
 
 
 def _orient(stored: Tensor, view: View, *, spec: TensorSpec) -> Tensor:

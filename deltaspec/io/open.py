@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io import hub, peft, pickled, shards
+from deltaspec.io import hub, kohya, peft, pickled, shards
 from deltaspec.io.quantised import attach_scales, check_config
 from deltaspec.types import AdapterIndex, Checkpoint
 
@@ -103,7 +103,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return shards.read_json(path) if path.is_file() else {}
 
 
-def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Checkpoint:
+def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Checkpoint | AdapterIndex:
     """List the tensors of one index, or of files that belong together."""
     check_config(config, source=files[0])
     if files[0].name.endswith(".json"):
@@ -113,6 +113,8 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Che
     if not tensors:
         message = f"Cannot use '{files[0]}': it holds no tensors; check that it is a model's weights."
         raise CheckpointError(message)
+    if kohya.is_kohya(tensors):
+        return kohya.index_adapter(files[0], tensors, ref=ref)
     if lora := next((name for name in tensors if FOREIGN_LORA.match(name)), None):
         message = (
             f"Cannot use '{files[0]}': '{lora}' is a LoRA factor without '{peft.CONFIG}' beside it, which gives its "
@@ -161,6 +163,15 @@ def fingerprint(source: Checkpoint | AdapterIndex) -> dict[str, str]:
     settings = source.root / (peft.CONFIG if isinstance(source, AdapterIndex) else "config.json")
     files = [*source.files, *([settings] if source.config and settings.is_file() else [])]
     return {file.relative_to(source.root).as_posix(): _hash(file) for file in files}
+
+
+def identify_source(source: Checkpoint | AdapterIndex) -> dict[str, Any]:
+    """Say which files a source is, for a manifest: what was asked for, revision, fingerprints, times of modification.
+
+    Fingerprints are samples, so times are kept too: an edit between samples is not missed.
+    """
+    modified = {file.name: file.stat().st_mtime_ns for file in source.files}
+    return {"ref": source.ref, "revision": source.revision, "files": fingerprint(source), "modified": modified}
 
 
 def _hash(file: Path) -> str:

@@ -22,11 +22,13 @@ REFUSED = {
     "use_dora": "DoRA, whose magnitudes make the change full-rank",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
-    "target_parameters": "target_parameters, whose stacked factors differ between PEFT versions",
     "trainable_token_indices": "trainable_token_indices",
     "layer_replication": "layer_replication",
     "kasa_config": "KaSA",
 }
+FOLDED_SINCE = (0, 19, 1)  # PEFT folded the factors of target_parameters otherwise before
+NESTED = ("gate_up_proj", "down_proj")  # PEFT nests parameters of one module in this order, the first innermost
+INNER = re.compile(r"(\.base_layer)+$")
 MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # these subtract the initial factors from the base
 
 
@@ -65,7 +67,8 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
         )
         raise CheckpointError(message)
     modules = {
-        module: _pair(found, module=module, config=config, path=path) for module, found in sorted(factors.items())
+        name: _pair(found, module=name, config=config, path=path)
+        for name, found in sorted(_name_parameters(factors, config, path=path).items())
     }
     base = config.get("base_model_name_or_path")
     return AdapterIndex(
@@ -78,11 +81,59 @@ def _check_config(config: dict[str, Any], *, path: Path) -> None:
     kind = config.get("peft_type")
     what = "" if kind == "LORA" else f"a {kind} adapter" if isinstance(kind, str) else "an adapter of unknown type"
     what = next((f"a LoRA adapter with {text}" for key, text in REFUSED.items() if config.get(key)), what)
+    if config.get("target_parameters") and not what and _version(config) < FOLDED_SINCE:
+        version = config.get("peft_version") or "unknown"
+        what = f"a LoRA adapter with target_parameters of PEFT {version}, folded otherwise than since 0.19.1"
     initial = config.get("init_lora_weights")
     if isinstance(initial, str) and MOVED_BASE.match(initial.lower()):
         what = f"a LoRA adapter that started from {initial} and so belongs to a changed base"
     if what:
         raise _refusal(path, what)
+
+
+def _version(config: dict[str, Any]) -> tuple[int, ...]:
+    """Return the numbers that peft_version starts with; none where it says nothing."""
+    found = re.match(r"[0-9]{1,9}(\.[0-9]{1,9})*", str(config.get("peft_version")))
+    return tuple(int(number) for number in found[0].split(".")) if found else ()
+
+
+def _name_parameters(
+    factors: dict[str, dict[str, TensorSpec]], config: dict[str, Any], *, path: Path
+) -> dict[str, dict[str, TensorSpec]]:
+    """Give factors of target_parameters their parameter's full name; those of modules keep their module's path."""
+    listed = config.get("target_parameters") or []
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        message = f"Cannot use '{path}': its target_parameters are no list of names; save the adapter again."
+        raise CheckpointError(message)
+    nests: dict[str, dict[int, str]] = {}
+    for key in factors:
+        module = INNER.sub("", key)
+        nests.setdefault(module, {})[key.count(".base_layer", len(module))] = key
+    named = {}
+    for module, nest in nests.items():
+        leaves = _leaves(module, listed)
+        known = leaves == set(NESTED) or len(leaves) < 2
+        if not known or sorted(nest) != list(range(max(len(leaves), 1))):
+            message = (
+                f"Cannot use the factors of '{module}' in '{path}': its {len(nest)} pairs and the target_parameters "
+                f"{', '.join(sorted(leaves)) or '(none)'} have no known order; merge it with PEFT."
+            )
+            raise CheckpointError(message)
+        order = [leaf for leaf in reversed(NESTED) if leaf in leaves] if len(leaves) > 1 else list(leaves)
+        for depth, key in nest.items():
+            named[f"{module}.{order[depth]}" if order else key] = factors[key]
+    return named
+
+
+def _leaves(module: str, listed: list[str]) -> set[str]:
+    """Return which of a module's own parameters are listed: by full name, or by its end as PEFT matches it."""
+    found = set()
+    for name in listed:
+        owner, _, leaf = name.rpartition(".")
+        bare = not owner and module.endswith("experts")  # as PEFT rewrites the targets of older expert checkpoints
+        if bare or (owner and f".{module}".endswith(f".{owner}")):
+            found.add(leaf)
+    return found
 
 
 def _refusal(path: Path, what: str) -> CheckpointError:
@@ -137,15 +188,16 @@ def _pair(found: dict[str, TensorSpec], *, module: str, config: dict[str, Any], 
         )
         raise CheckpointError(message)
     stated = _number(config, "r", module=module, path=path)
-    if stated != rank:
+    experts = rank // int(stated) if config.get("target_parameters") and not rank % stated else 1
+    if stated * experts != rank:
         message = (
             f"Cannot scale '{module}': '{path}' gives it rank {stated:g}, its lora_A in '{file}' has {rank}; "
             "use the config that was saved with these weights."
         )
         raise CheckpointError(message)
     alpha = _number(config, "lora_alpha", module=module, path=path)
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return LowRankTerm(lora_A, lora_B, scaling, embedding=embedding)
+    scaling = alpha / (math.sqrt(stated) if config.get("use_rslora") else stated)
+    return LowRankTerm(lora_A, lora_B, scaling, embedding=embedding, experts=experts if experts > 1 else 0)
 
 
 def _number(config: dict[str, Any], option: str, *, module: str, path: Path) -> float:

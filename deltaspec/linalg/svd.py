@@ -17,8 +17,10 @@ from deltaspec.linalg.signs import fix_signs
 from deltaspec.types import Spectrum
 
 Blocks = Callable[[], Iterable[Tensor]]
+TopBasis = Callable[[int], Tensor]
 EPS = float(torch.finfo(torch.float64).eps)
-TWO_STAGE = "gram64+twostage"
+TWO_STAGE, ONE_STAGE = "gram64+twostage", "gram64+onestage"
+KRYLOV, EXACT = "krylov32", "qr+svd64"
 CERTIFICATE = 1e-10  # relative; ≤ 7e-16 observed, so a miss means a broken decomposition
 
 
@@ -41,22 +43,21 @@ ROUTES = (
     Route(
         "cpu", "values", math.inf, "gram64+torch", "2048²: .69 against numpy .77; 4096²: 5.4 against 7.7; svdvals 19.6"
     ),
-    Route(
-        "cpu", "vectors", math.inf, "gram64+eigh", "values and vectors in one reduction; V only, U·Σ = ΔW·V streamed"
-    ),
-    Route(
-        "cpu", "exact", math.inf, "qr+svd64", "below √(n·eps)·σ₁ a Gram matrix keeps no digit; QR and SVD keep eps·σ₁"
-    ),
+    Route("cpu", "vectors", math.inf, ONE_STAGE, "1024²: 64 vectors .20 CPU s, 256 .31, eigh .68; 2048²: 128 1.3, 4.3"),
+    Route("cpu", "vectors", math.inf, "gram64+eigh", "without OpenBLAS; V only, U·Σ = ΔW·V streamed"),
+    Route("cpu", "top", math.inf, KRYLOV, "1024², r = 16: .029 CPU s, svd32 .47; 4096², r = 64: 1.2, svd32 47"),
+    Route("cpu", "exact", math.inf, EXACT, "below √(n·eps)·σ₁ a Gram matrix keeps no digit; QR and SVD keep eps·σ₁"),
     Route("cuda", "values", math.inf, "gram64+torch", "not measured yet: same code as on the CPU"),
     Route("cuda", "vectors", math.inf, "gram64+eigh", "not measured yet: same code as on the CPU"),
-    Route("cuda", "exact", math.inf, "qr+svd64", "not measured yet: same code as on the CPU"),
+    Route("cuda", "top", math.inf, KRYLOV, "not measured yet: same code as on the CPU, TF32 off"),
+    Route("cuda", "exact", math.inf, EXACT, "not measured yet: same code as on the CPU"),
 )
 
 
 def choose_route(device: torch.device, need: str, side: int) -> str:
-    """Return the method that serves ``need`` (values, vectors or exact) for a matrix whose smaller side is ``side``."""
+    """Return the method that serves ``need`` (values, vectors, top or exact) where the smaller side is ``side``."""
     fitting = (r.method for r in ROUTES if r.device == device.type and r.need == need and side <= r.max_side)
-    return next(method for method in fitting if method != TWO_STAGE or find_openblas())
+    return next(method for method in fitting if method not in (ONE_STAGE, TWO_STAGE) or find_openblas())
 
 
 def decompose(
@@ -99,40 +100,51 @@ def decompose(
     note = ""
     need = "exact" if exact else "vectors" if vectors else "values"
     if need != "exact":
-        spectrum, basis = _gram_route(blocks, shape, device=device, method=choose_route(device, need, side))
+        spectrum, basis = gram_spectrum(blocks, shape, device=device, method=choose_route(device, need, side))
         if spectrum is not None:
             return _with_vectors(spectrum, basis, blocks, vectors), ""
         note = "the Gram route missed its certificate; recomputed by QR and SVD"
-    spectrum, basis = _exact_route(blocks, shape, device=device, vectors=vectors > 0)
+    spectrum, basis = exact_spectrum(blocks, shape, device=device, vectors=vectors > 0)
     return _with_vectors(spectrum, basis, blocks, vectors), note
 
 
-def _gram_route(
+def gram_spectrum(
     blocks: Blocks, shape: tuple[int, int], *, device: torch.device, method: str
-) -> tuple[Spectrum | None, Tensor | None]:
-    """Eigenvalues of the smaller Gram matrix; None where a certificate is missed."""
+) -> tuple[Spectrum | None, TopBasis | None]:
+    """Compute all σ of D from its smaller Gram matrix; None where a certificate is missed.
+
+    Parameters
+    ----------
+    blocks, shape, device
+        As in ``decompose``.
+    method : str
+        Of ROUTES, for the need "values" or "vectors".
+
+    Returns
+    -------
+    spectrum : Spectrum or None
+    basis : callable or None
+        Of "vectors" methods: count → the top singular vectors of the smaller side as rows, (count, side), float64.
+
+    Raises
+    ------
+    NumericalError
+        If D holds NaN or infinity.
+    """
     gram, energy = accumulate_gram(blocks(), shape, device=device)
     if not math.isfinite(energy):
         message = "it holds NaN or infinity."
         raise NumericalError(message)
     if energy == 0.0:
         return Spectrum(torch.zeros(min(shape), dtype=torch.float64), shape, 0.0, "zero", 0.0), None
-    quartic, basis = gram_energy(gram), None
+    quartic = gram_energy(gram)
+    if quartic == 0.0:  # underflow: weights below 1e-80
+        return None, None
     try:
-        if method == "gram64+numpy":
-            eigenvalues = torch.from_numpy(np.linalg.eigvalsh(gram.numpy(), UPLO="U"))
-        elif method == TWO_STAGE and (library := find_openblas()):
-            eigenvalues = torch.from_numpy(library.eigenvalues_in_place(gram.numpy()))
-        elif method == "gram64+torch":
-            eigenvalues = torch.linalg.eigvalsh(gram, UPLO="U")
-        else:
-            eigenvalues, basis = torch.linalg.eigh(gram, UPLO="U")
-            basis = basis.flip(1)
+        eigenvalues, basis = _eigen(gram, method)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         return None, None
     eigenvalues = eigenvalues.flip(0)
-    if quartic == 0.0:  # underflow: weights below 1e-80
-        return None, None
     misses = abs(float(eigenvalues.sum()) / energy - 1), abs(float(eigenvalues.square().sum()) / quartic - 1)
     if not max(misses) <= CERTIFICATE:  # also catches NaN
         return None, None
@@ -141,10 +153,44 @@ def _gram_route(
     return Spectrum(values, shape, energy, method, bound), basis
 
 
-def _exact_route(
+def _eigen(gram: Tensor, method: str) -> tuple[Tensor, TopBasis | None]:
+    """Eigenvalues, ascending, of a Gram matrix given by its upper triangle, which may be destroyed."""
+    library = find_openblas()
+    if method == "gram64+numpy":
+        return torch.from_numpy(np.linalg.eigvalsh(gram.numpy(), UPLO="U")), None
+    if method == "gram64+torch":
+        return torch.linalg.eigvalsh(gram, UPLO="U"), None
+    if method == TWO_STAGE and library:
+        return torch.from_numpy(library.eigenvalues_in_place(gram.numpy())), None
+    if method == ONE_STAGE and library:
+        reduced = library.tridiagonal(gram.numpy())
+        return torch.from_numpy(reduced.eigenvalues()), lambda count: torch.from_numpy(reduced.eigenvectors(count))
+    eigenvalues, vectors = torch.linalg.eigh(gram, UPLO="U")
+    return eigenvalues, lambda count: vectors.flip(1)[:, :count].mT.contiguous()
+
+
+def exact_spectrum(
     blocks: Blocks, shape: tuple[int, int], *, device: torch.device, vectors: bool
-) -> tuple[Spectrum, Tensor | None]:
-    """SVD of the R of a QR that absorbs the blocks; the error is a modest multiple of eps·σ₁ for every value."""
+) -> tuple[Spectrum, TopBasis | None]:
+    """Compute all σ of D from the R of a QR that absorbs the blocks; each is right to a modest multiple of eps·σ₁.
+
+    Parameters
+    ----------
+    blocks, shape, device
+        As in ``decompose``.
+    vectors : bool
+
+    Returns
+    -------
+    spectrum : Spectrum
+    basis : callable or None
+        As of ``gram_spectrum``.
+
+    Raises
+    ------
+    NumericalError
+        If D holds NaN or infinity, or the SVD does not converge.
+    """
     side, energy = min(shape), 0.0
     tall = shape[0] >= shape[1]
     triangle = torch.zeros(0, side, dtype=torch.float64, device=device)
@@ -162,13 +208,8 @@ def _exact_route(
     del pending
     if rest.shape[0] > 1.2 * side:
         rest = torch.linalg.qr(rest, mode="r").R
-    basis = None
     try:
-        if vectors:
-            values, vt = torch.linalg.svd(rest, full_matrices=False)[1:]
-            basis = vt.mT
-        else:
-            values = torch.linalg.svdvals(rest)
+        values, vt = torch.linalg.svd(rest, full_matrices=False)[1:] if vectors else (torch.linalg.svdvals(rest), rest)
     except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
         message = "its SVD did not converge."
         raise NumericalError(message) from cause
@@ -176,16 +217,16 @@ def _exact_route(
         message = "its SVD missed the certificate Σσ² = ‖·‖²."
         raise NumericalError(message)
     bound = max(shape) * EPS * float(values[0])
-    return Spectrum(values.cpu(), shape, energy, "qr+svd64", bound), basis
+    return Spectrum(values.cpu(), shape, energy, EXACT, bound), (lambda count: vt[:count]) if vectors else None
 
 
-def _with_vectors(spectrum: Spectrum, basis: Tensor | None, blocks: Blocks, count: int) -> Spectrum:
+def _with_vectors(spectrum: Spectrum, basis: TopBasis | None, blocks: Blocks, count: int) -> Spectrum:
     """Attach the top vectors: those of the smaller side from ``basis``, the others as D·v/σ in a second pass."""
     if basis is None or count == 0:
         return spectrum
     values = spectrum.singular_values
     kept = int((values[:count] > spectrum.error_bound).sum())
-    near = basis[:, :kept]
+    near = basis(kept).mT
     tall = spectrum.shape[0] >= spectrum.shape[1]
     far = torch.cat([(block if tall else block.mT) @ near for block in blocks()]) / values[:kept].to(near.device)
     left, right = (far, near) if tall else (near, far)

@@ -6,9 +6,13 @@ from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
 from deltaspec.errors import PairingError
+from deltaspec.io.matrix import read_tensor
+from deltaspec.io.running import Place
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.dense import VOCABULARY_ROLES, pair_tensor
-from deltaspec.pairing.names import align_names, natural_order
+from deltaspec.pairing.flattened import resolve_flattened
+from deltaspec.pairing.homes import Homes, factor_shape, find_homes, pair_factors, weight_of
+from deltaspec.pairing.names import natural_order
 from deltaspec.pairing.plan import Plan, VectorPair, chosen, refuse_shapes, unreadable
 from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import (
@@ -19,14 +23,18 @@ from deltaspec.types import (
     LowRankTerm,
     MatrixKey,
     MatrixSource,
-    TensorSpec,
     View,
     WeightPair,
 )
 
+Wrong = list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
 
 def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions) -> Plan:
     """Pair an adapter's factors with the base's matrices; a fused matrix gets its rows of the product.
+
+    Names are the base's own, or those that its tensors have in the running model: experts that the base stores one by
+    one pair with a stack's factors.
 
     Raises
     ------
@@ -34,93 +42,98 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         If the adapter targets tensors that the base lacks, or of another shape.
     """
     plan = Plan()
-    paths = {_weight_of(path, base): path for path in tuned.modules}
-    mapping, note = align_names(base.tensors, [*paths, *tuned.full])
-    if note:
-        plan.notes.append(note)
+    tuned = resolve_flattened(tuned, base, plan)
+    homes = find_homes(base, [*tuned.full, *tuned.modules], plan)  # factors go before a weight saved beside them
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
-    for head in {*paths} - set(mapping.values()):
-        embedding = _tied_embedding(head, _factor_shape(tuned.modules[paths[head]]), known)
-        if embedding and embedding not in mapping:
-            mapping[embedding] = head
-            plan.notes.append(f"'{head}' is not stored in the base: its factors change the tied '{embedding}'")
-    unknown = sorted({*paths} - set(mapping.values()), key=natural_order)
-    if unknown:
-        message = (
-            f"The adapter {tuned.ref} targets '{unknown[0]}', which {base.ref} lacks: "
-            f"pass the base it was trained from (its config says '{tuned.base_model}')."
-        )
-        raise PairingError(message)
-    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-    for name in sorted(mapping, key=natural_order):
+    _pair_tied(plan, base, tuned, homes, known)
+    wrong: Wrong = []
+    rows = [(name, place, path) for path, found in homes.items() for name, place in found]
+    for name, place, path in sorted(rows, key=lambda row: (natural_order(row[0]), row[1].part)):
         if not chosen(name, options):
             plan.skip(name, "left out by --include or --exclude")
-        elif mapping[name] in paths:
-            _pair_factors(plan, known, base.tensors[name], tuned.modules[paths[mapping[name]]], wrong)
-        elif reason := unreadable(base.tensors[name]) or unreadable(tuned.full[mapping[name]]):
+        elif path in tuned.modules:
+            pairs = pair_factors(known, base, name, term=tuned.modules[path], home=homes[path])
+            plan.pairs += pairs
+            if not pairs:
+                wrong.append((name, base.tensors[name].shape, factor_shape(tuned.modules[path])))
+        elif reason := unreadable(base.tensors[name]) or unreadable(tuned.full[path]):
             plan.skip(name, reason)
+        elif place.expert is not None or place.parts > 1:
+            plan.skip(name, "stored whole in the adapter in another layout: compare the merged checkpoints for it")
         else:
-            pair_tensor(plan, known, name, (base.tensors[name], tuned.full[mapping[name]]), options, wrong)
-    weights = {mapped: name for name, mapped in mapping.items()}
-    for path, bias in tuned.biases.items():
-        name = f"{weights.get(_weight_of(path, base), path).removesuffix('.weight')}.bias"
-        if not chosen(name, options):
-            plan.skip(name, "left out by --include or --exclude")
-            continue
-        key = known.vectors.get(name, MatrixKey(name, role="bias"))
-        plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=tuned.modules[path].scaling))
+            pair_tensor(plan, known, name, (base.tensors[name], tuned.full[path]), options, wrong)
+    _pair_biases(plan, base, tuned, homes, known, options)
     roles = {part.key.role for name, *_ in wrong for part in known.matrices.get(name, ())}
     refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
-    for name in sorted(tuned.full.keys() - set(mapping.values()), key=natural_order):
-        plan.skip(name, "stored whole in the adapter, and not in the base")
-    untouched = sum(name not in mapping for name in known.matrices)
+    for name in sorted(tuned.full.keys() - homes.keys(), key=natural_order):
+        beside = name.removesuffix(".weight") in tuned.modules
+        plan.skip(name, "stored whole in the adapter, " + ("beside its factors" if beside else "and not in the base"))
+    touched = {name for name, *_ in rows}
+    untouched = sum(name not in touched for name in known.matrices)
     plan.notes.append(f"{untouched} matrices of the base have no factors in the adapter: their delta is zero")
     return plan
 
 
-def _weight_of(path: str, base: Checkpoint | None = None) -> str:
-    """Name the tensor that a module path adapts: its weight, or itself where the path already names a tensor."""
-    return path if base is not None and path in base.tensors else f"{path}.weight"
+def _pair_tied(plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, known: Identification) -> None:
+    """Settle factors of modules that the base lacks: they may share its embedding's weight, and its factors.
+
+    Raises
+    ------
+    PairingError
+        If a module shares nothing.
+    """
+    for path in sorted(tuned.modules.keys() - homes.keys(), key=natural_order):
+        term, name = tuned.modules[path], weight_of(path)
+        embedding = _tied_embedding(name, factor_shape(term), known)
+        if embedding is None:
+            message = (
+                f"The adapter {tuned.ref} targets '{name}', which {base.ref} lacks: "
+                f"pass the base it was trained from (its config says '{tuned.base_model}')."
+            )
+            raise PairingError(message)
+        twin = next((p for p, found in homes.items() if found[0][0] == embedding and p in tuned.modules), None)
+        if twin is None:
+            homes[path] = [(embedding, Place(embedding))]
+            plan.notes.append(f"'{name}' is not stored in the base: its factors change the tied '{embedding}'")
+        elif _same_product(tuned.modules[twin], term):
+            plan.notes.append(f"'{name}' is tied to '{embedding}' and has the same factors")
+        else:
+            (found,) = known.matrices[embedding]
+            key = replace(found.key, tensor=name, role="lm_head")
+            sources = MatrixSource(base.tensors[embedding], found.view), LowRankSource((term,), found.view)
+            plan.pairs.append(WeightPair(key, found.view.shape, *sources))
+            plan.notes.append(f"'{name}' has factors of its own: compared with the base's tied '{embedding}'")
 
 
-def _factor_shape(term: LowRankTerm) -> tuple[int, int]:
-    """(d_out, d_in) of a stored pair of factors; convolution kernels flattened."""
-    a, b = term.lora_A.shape, term.lora_B.shape
-    if term.embedding:
-        return a[1], b[0]
-    d_in = 1
-    for size in a[1:]:
-        d_in *= size
-    return b[0], d_in
+def _same_product(first: LowRankTerm, second: LowRankTerm) -> bool:
+    """Tell whether two terms hold the same factors, one perhaps laid out for an embedding."""
+    sides = []
+    for term in (first, second):
+        lora_A, lora_B = read_tensor(term.lora_A), read_tensor(term.lora_B)
+        sides.append((lora_B.mT, lora_A.mT) if term.embedding else (lora_A, lora_B))
+    (a, b), (c, d) = sides
+    return first.scaling == second.scaling and a.shape == c.shape and bool((a == c).all()) and bool((b == d).all())
 
 
-def _whole_shape(found: tuple[Identified, ...]) -> tuple[int, int]:
-    """(d_out, d_in) of the whole matrix whose parts are ``found``."""
-    return sum(part.view.shape[0] for part in found), found[0].view.shape[1]
-
-
-def _pair_factors(
-    plan: Plan,
-    known: Identification,
-    base: TensorSpec,
-    term: LowRankTerm,
-    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+def _pair_biases(
+    plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, known: Identification, options: AnalyzeOptions
 ) -> None:
-    found = known.matrices.get(base.name, ())
-    shape = _factor_shape(term)
-    if not found or any(part.view.expert is not None for part in found) or _whole_shape(found) != shape:
-        wrong.append((base.name, base.shape, shape))
-        return
-    for part in found:
-        view = replace(part.view, transposed=False)
-        source = LowRankSource((term,), view)
-        plan.pairs.append(WeightPair(part.key, view.shape, MatrixSource(base, part.view), source, part.guessed))
+    for path, bias in tuned.biases.items():
+        stored, place = homes.get(path, [(weight_of(path), Place(path))])[0]
+        name = f"{stored.removesuffix('.weight')}.bias"
+        if not chosen(name, options):
+            plan.skip(name, "left out by --include or --exclude")
+        elif place.parts > 1:
+            plan.skip(name, "an adapter's bias in another layout: compare the merged checkpoints for it")
+        else:
+            key = known.vectors.get(name, MatrixKey(name, role="bias"))
+            plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=tuned.modules[path].scaling))
 
 
-def _tied_embedding(head: str, shape: tuple[int, int], known: Identification) -> str | None:
-    """Name the base's embedding where ``head`` is a head that the base does not store and ties to it."""
-    if not head.endswith(HEAD_NAMES):
+def _tied_embedding(name: str, shape: tuple[int, int], known: Identification) -> str | None:
+    """Name the base's embedding where ``name`` is of a head or embedding that the base does not store apart from it."""
+    if not name.endswith((*HEAD_NAMES, "vocab_projector.weight", "embed_tokens.weight")):
         return None
     candidates = ((name, found[0]) for name, found in known.matrices.items() if len(found) == 1)
     return next((n for n, found in candidates if found.key.role == "embed" and found.view.shape == shape), None)
@@ -138,16 +151,19 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
     if base.base_model != tuned.base_model:
         plan.notes.append(f"the adapters name different bases: '{base.base_model}' and '{tuned.base_model}'")
     terms = {
-        _weight_of(path): (base.modules.get(path), tuned.modules.get(path))
+        path if any(a.modules[path].experts for a in (base, tuned) if path in a.modules) else weight_of(path): (
+            base.modules.get(path),
+            tuned.modules.get(path),
+        )
         for path in {**base.modules, **tuned.modules}
     }
-    shapes = {name: _factor_shape(next(t for t in reversed(pair) if t)) for name, pair in terms.items()}
+    shapes = {name: factor_shape(next(t for t in reversed(pair) if t)) for name, pair in terms.items()}
     known = identify(shapes, {})
     plan.family = known.family
     wrong = [
-        (name, _factor_shape(a), _factor_shape(b))
+        (name, factor_shape(a), factor_shape(b))
         for name, (a, b) in terms.items()
-        if a and b and _factor_shape(a) != _factor_shape(b)
+        if a and b and factor_shape(a) != factor_shape(b)
     ]
     refuse_shapes(wrong, vocabulary=False)
     for name in sorted(terms, key=natural_order):
@@ -159,11 +175,14 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
             if term is None:
                 plan.notes.append(f"'{name}' has no factors in the {side} adapter: zero there")
         key = replace(known.matrices[name][0].key, part="", role=_role(known.matrices[name]))
-        view = View(shapes[name])
         minus = () if first is None else (replace(first, scaling=-first.scaling),)
         plus = () if second is None else (second,)
-        sources = LowRankSource(() if first is None else (first,), view), LowRankSource(plus + minus, view)
-        plan.pairs.append(WeightPair(key, view.shape, *sources))
+        experts = max(term.experts for term in (first, second) if term)
+        for expert in range(experts) if experts else (None,):
+            view = View(shapes[name], expert=expert)
+            sources = LowRankSource(() if first is None else (first,), view), LowRankSource(plus + minus, view)
+            own = key if expert is None else replace(key, expert=expert)
+            plan.pairs.append(WeightPair(own, view.shape, *sources))
     for name in sorted({*base.full, *tuned.full}, key=natural_order):
         plan.skip(name, "stored whole in an adapter (modules_to_save): compare the merged checkpoints for it")
     for path in sorted({*base.biases, *tuned.biases}, key=natural_order):

@@ -63,8 +63,8 @@ def encode(record: MatrixRecord, spectrum: Spectrum) -> bytes:
     return bytes(save(tensors, metadata={"record": json.dumps(header)}))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """Read a record file's JSON header.
+def read_json_header(path: Path, field: str) -> dict[str, Any]:
+    """Read the JSON object that a safetensors file keeps under ``field`` of its header.
 
     Raises
     ------
@@ -73,16 +73,16 @@ def read_header(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="np") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["record"])
+            header: dict[str, Any] = json.loads((file.metadata() or {})[field])
     except (SafetensorError, OSError, KeyError, ValueError) as cause:
-        message = f"The record {path} cannot be read ({cause}): delete it and run the same analyze command again."
+        message = f"The {field} {path} cannot be read ({cause}): delete it and run the same command again."
         raise RunError(message) from cause
     return header
 
 
 def read_record(path: Path) -> MatrixRecord:
     """Read a record without its arrays."""
-    header = read_header(path)
+    header = read_json_header(path, "record")
     header.pop("energy")
     header["key"] = MatrixKey(**header["key"])
     header["shape"] = tuple(header["shape"])
@@ -94,7 +94,7 @@ def read_spectrum(path: Path) -> Spectrum:
     """Read a record's singular values, and its vectors where they were kept."""
     import torch
 
-    header = read_header(path)
+    header = read_json_header(path, "record")
     with safe_open(path, framework="pt") as file:
         # Copied: a tensor that stays a view of the file would break when the file is replaced.
         arrays = {name: file.get_tensor(name).to(torch.float64, copy=True) for name in file.keys()}  # noqa: SIM118 (not a dict)

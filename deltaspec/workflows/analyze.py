@@ -18,7 +18,7 @@ import torch
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import DeltaspecError, PairingError, RunError
-from deltaspec.io.open import fingerprint, open_source
+from deltaspec.io.open import identify_source, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
@@ -130,8 +130,8 @@ def default_path(manifest: dict[str, Any]) -> Path:
 def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
     versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
     return {
-        "base": _identify_source(base),
-        "tuned": _identify_source(tuned),
+        "base": identify_source(base),
+        "tuned": identify_source(tuned),
         "options": options.identity(),
         "deltaspec": versions["deltaspec"],
         "versions": {**versions, "python": platform.python_version()},
@@ -141,12 +141,6 @@ def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, 
         "skipped": plan.skipped,
         "planned": [task.store_key for task in tasks],
     }
-
-
-def _identify_source(source: Source) -> dict[str, Any]:
-    """Fingerprints are samples, so times of modification are kept too: an edit between samples is not missed."""
-    modified = {file.name: file.stat().st_mtime_ns for file in source.files}
-    return {"ref": source.ref, "revision": source.revision, "files": fingerprint(source), "modified": modified}
 
 
 def _make_tasks(plan: Plan, options: AnalyzeOptions) -> list[Task]:

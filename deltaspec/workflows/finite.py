@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from deltaspec.errors import NumericalError
 from deltaspec.io.matrix import read_tensor
 from deltaspec.linalg.numerics import first_non_finite
-from deltaspec.types import TensorSpec
+from deltaspec.types import LowRankSource, MatrixSource, TensorSpec, WeightPair
 
 
 def describe_non_finite(side: str, spec: TensorSpec) -> str:
@@ -23,3 +24,26 @@ def describe_non_finite(side: str, spec: TensorSpec) -> str:
         f"The {side} tensor '{spec.name}' in {spec.file} holds NaN or infinity at index {index}: "
         "repair or retrain the checkpoint, or leave the tensor out with --exclude."
     )
+
+
+def locate(pair: WeightPair, name: str, cause: NumericalError) -> NumericalError:
+    """Say which stored tensor of a pair holds the first NaN or infinity, and where; else that ``name`` failed.
+
+    Parameters
+    ----------
+    pair : WeightPair
+    name : str
+        What could not be decomposed.
+    cause : NumericalError
+    """
+    for side, source in (("base", pair.base), ("tuned", pair.tuned)):
+        for spec in _specs(source):
+            if message := describe_non_finite(side, spec):
+                return NumericalError(message)
+    return NumericalError(f"'{name}' cannot be decomposed: {cause}")
+
+
+def _specs(source: MatrixSource | LowRankSource) -> list[TensorSpec]:
+    if isinstance(source, MatrixSource):
+        return [spec for spec in (source.spec, source.spec.scale) if spec is not None]
+    return [spec for term in source.terms for spec in (term.lora_A, term.lora_B)]

@@ -16,8 +16,8 @@ from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence, measure
-from deltaspec.types import LowRankSource, MatrixRecord, MatrixSource, Spectrum, TensorSpec, WeightPair
-from deltaspec.workflows.finite import describe_non_finite
+from deltaspec.types import LowRankSource, MatrixRecord, MatrixSource, Spectrum, WeightPair
+from deltaspec.workflows.finite import locate
 
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -76,7 +76,7 @@ def analyze_matrix(task: Task, options: AnalyzeOptions, device: torch.device) ->
         else:
             evidence, spectrum, note = _of_delta(pair, options, device)
     except NumericalError as cause:
-        raise _located(task, cause) from cause
+        raise locate(pair, task.store_key, cause) from cause
     if note:
         notes.append(note)
     if evidence.rounding and evidence.rounding.grid != _dtype(pair.tuned):
@@ -159,18 +159,3 @@ def _spectrum_of_factors(source: LowRankSource, vectors: int, device: torch.devi
     kept = min(vectors, int((values > bound).sum()))
     vector_pair = (left[:, :kept], right[:, :kept]) if vectors else (None, None)
     return Spectrum(values, source.view.shape, float(values.square().sum()), "qr-of-factors", bound, *vector_pair)
-
-
-def _located(task: Task, cause: NumericalError) -> NumericalError:
-    """Say which stored tensor holds the first NaN or infinity, and where."""
-    for side, source in (("base", task.pair.base), ("tuned", task.pair.tuned)):
-        for spec in _specs(source):
-            if message := describe_non_finite(side, spec):
-                return NumericalError(message)
-    return NumericalError(f"'{task.store_key}' cannot be decomposed: {cause}")
-
-
-def _specs(source: MatrixSource | LowRankSource) -> list[TensorSpec]:
-    if isinstance(source, MatrixSource):
-        return [spec for spec in (source.spec, source.spec.scale) if spec is not None]
-    return [spec for term in source.terms for spec in (term.lora_A, term.lora_B)]

@@ -19,6 +19,7 @@ from deltaspec.delta import DenseDelta
 from deltaspec.linalg.gram import accumulate_gram
 from deltaspec.linalg.openblas import find_openblas
 from deltaspec.linalg.svd import decompose
+from deltaspec.linalg.truncated import truncate, truncate_product
 from deltaspec.store.run import Run
 from deltaspec.types import MatrixSource, TensorSpec, View
 from tests.store.test_run import MANIFEST, record
@@ -60,6 +61,39 @@ def test_all_values(benchmark, shape, route):
         return torch.linalg.svdvals(dense.float() if route.endswith("32") else dense)
 
     benchmark.pedantic(ours if route.startswith("deltaspec") else theirs, rounds=2, warmup_rounds=1)
+
+
+def finetune(d_out, d_in, noise):
+    """A power law of rank 64 over dense noise of the share ``noise``, as full fine-tunes look, in float64."""
+    powers = torch.arange(1, 65, dtype=torch.float64, device=DEVICE) ** -1
+    signal = (matrix(d_out, 64) * powers) @ matrix(d_in, 64).mT
+    rest = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(DEVICE)
+    return signal / signal.norm() + noise * rest / rest.norm()
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((1024, 1024), 16), ((2816, 1024), 16), ((2048, 2048), 64)])
+@pytest.mark.parametrize("noise", [0.4, 100.0])
+@pytest.mark.parametrize("route", ["deltaspec", "deltaspec, all values", "svd fp32", "svd_lowrank fp32"])
+def test_top(benchmark, shape, rank, noise, route):
+    benchmark.group = f"top {rank} of {shape[0]}×{shape[1]}, noise {noise}"
+    dense = finetune(*shape, noise)
+    policies = {"deltaspec": rank, "deltaspec, all values": lambda values: rank}
+    ways = {
+        "svd fp32": lambda: torch.linalg.svd(dense.float(), full_matrices=False),
+        "svd_lowrank fp32": lambda: torch.svd_lowrank(dense.float(), q=2 * rank, niter=4),
+    }
+
+    def ours():
+        return truncate(lambda: dense.split(512), shape, device=DEVICE, rank=policies[route])
+
+    benchmark.pedantic(ours if route in policies else ways[route], rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("rank", [16, 64, 256])
+def test_top_of_factors(benchmark, rank):
+    benchmark.group = "factors of 4096×11008"
+    factors = matrix(4096, rank), matrix(rank, 11008)
+    benchmark.pedantic(truncate_product, factors, {"rank": rank}, rounds=3, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("way", ["accumulate_gram", "torch.mm"])

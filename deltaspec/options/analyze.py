@@ -1,4 +1,4 @@
-"""One options dataclass per workflow; standard library only, so that the command line starts without torch."""
+"""What ``analyze`` computes, and where."""
 
 from __future__ import annotations
 

@@ -1,17 +1,10 @@
-"""The nouns of deltaspec: frozen dataclasses that every floor may use.
-
-Shape letters: d_out and d_in are a matrix's outputs and inputs, r a rank, k a number of singular values.
-Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, U8, …
-"""
+"""What lies in files, known from headers alone: tensors, matrices inside them, checkpoints, adapters, pairs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 Shape = tuple[int, ...]
 
@@ -97,13 +90,15 @@ class LowRankTerm:
     """One stored pair of LoRA factors: scaling · B·A, with A (r, d_in) and B (d_out, r).
 
     ``embedding`` marks PEFT's lora_embedding_A (r, d_out) and lora_embedding_B (d_in, r), which are stored
-    transposed. Convolution factors have trailing axes, flattened on reading.
+    transposed. Convolution factors have trailing axes, flattened on reading. ``experts`` > 0 marks the factors of a
+    stack of that many experts, folded as PEFT's target_parameters are; a source's view says which expert is meant.
     """
 
     lora_A: TensorSpec
     lora_B: TensorSpec
     scaling: float
     embedding: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,94 +153,3 @@ class WeightPair:
     base: MatrixSource | LowRankSource
     tuned: MatrixSource | LowRankSource
     guessed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankDelta:
-    """ΔW = lora_B @ lora_A, scaling included; (d_out, r) and (r, d_in), float64."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rounding:
-    """Storage rounding of one delta, predicted from the stored values, over rows or columns that changed at all.
-
-    ``unchanged`` is the share of elements whose delta is exactly zero. With ulp the spacing of stored numbers at each
-    tuned weight (and at each base weight too where that one is quantised), in units of the weights: ``ulp_energy`` =
-    Σ ulp², ``row_max`` and ``column_max`` the largest sum of ulp² over a row and over a column. ``eps`` is the
-    relative spacing of the arithmetic that the stored dtypes allow (2⁻²³ up to 32 bits, else 2⁻⁵²), and ``grid`` the
-    dtype on whose grid the tuned values lie: the stored one, or a coarser one that was upcast on saving.
-    """
-
-    unchanged: float
-    ulp_energy: float
-    row_max: float
-    column_max: float
-    eps: float
-    grid: str
-
-
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """Singular values of one matrix, and how far they can be trusted.
-
-    ``singular_values`` (min(d_out, d_in),) float64, descending, in units of the weights; of a low-rank source only
-    its r, for the others are exactly zero. ``energy`` = ‖·‖²_F in float64, summed from the elements where there are
-    any. No value is wrong by more than ``error_bound``; on the
-    Gram route a value σ is wrong by at most error_bound²/σ. ``left`` (d_out, k) and ``right`` (d_in, k) hold the top
-    singular vectors where they were asked for.
-    """
-
-    singular_values: Tensor
-    shape: tuple[int, int]
-    energy: float
-    method: str
-    error_bound: float
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixRecord:
-    """The result for one matrix, as the run directory stores it.
-
-    ``metrics`` maps every name of METRICS to a number, a truth value, or None where the metric does not apply.
-    """
-
-    key: MatrixKey
-    shape: tuple[int, int]
-    base_dtype: str
-    tuned_dtype: str
-    spectrum_of: str
-    metrics: dict[str, float | int | bool | None]
-    method: str
-    error_bound: float
-    seconds: float
-    device: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def store_key(self) -> str:
-        """The record's name in the run: its matrix's key, with #base or #tuned where it is not the delta's."""
-        return str(self.key) if self.spectrum_of == "delta" else f"{self.key}#{self.spectrum_of}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """One flat row: the key's fields, shape, dtypes and spectrum_of, then the metrics."""
-        return {
-            "tensor": self.key.tensor,
-            "part": self.key.part,
-            "role": self.key.role,
-            "depth": self.key.depth,
-            "expert": self.key.expert,
-            "stack": self.key.stack,
-            "d_out": self.shape[0],
-            "d_in": self.shape[1],
-            "base_dtype": self.base_dtype,
-            "tuned_dtype": self.tuned_dtype,
-            "spectrum_of": self.spectrum_of,
-            **self.metrics,
-            "method": self.method,
-            "error_bound": self.error_bound,
-        }

@@ -1,0 +1,102 @@
+"""``deltaspec verify``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import click
+
+from deltaspec.cli.progress import Progress
+from deltaspec.cli.stop import stoppable
+from deltaspec.cli.table import printable, table
+from deltaspec.options import AnalyzeOptions, TextOptions
+
+
+@click.command()
+@click.argument("base")
+@click.argument("tuned")
+@click.argument("adapter")
+@click.option("--text", type=click.Path(), help="Also run the three models on this text and compare what they say.")
+@click.option("--field", default="text", show_default=True, help="Column of a jsonl, csv or tsv file.")
+@click.option("--tokens", default=8192, show_default=True, help="How much of the text.")
+@click.option("--vocab", default="strict", show_default=True, help="strict, or common: only rows that both have.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or a list: cuda:0,cuda:1.")
+@click.option("--workers", default=0, help="Matrices in flight on the CPU; 0: one for each core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def verify(
+    base: str,
+    tuned: str,
+    adapter: str,
+    text: str | None,
+    field: str,
+    tokens: int,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Read ADAPTER back and recompute its error against the change from BASE to TUNED.
+
+    Exit code 1 if it is worse than its deltaspec.json claims, 2 if it cannot be checked.
+    """
+    options = AnalyzeOptions(**given)
+    from deltaspec.workflows.verify import verify as run_verification
+
+    with stoppable():
+        with Progress(quiet=quiet) as progress:
+            found = run_verification(base, tuned, adapter, options=options, progress=progress)
+        said = _divergence(base, tuned, adapter, text, field=field, tokens=tokens, device=options.device.split(",")[0])
+    click.echo(json.dumps({**asdict(found), "divergence": said}) if as_json else _render(found, said))
+    if found.worse or found.missing:
+        sys.exit(1)
+
+
+def _divergence(base: str, tuned: str, adapter: str, text: str | None, **settings: Any) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    from deltaspec.workflows.divergence import divergence
+
+    return asdict(divergence(base, tuned, adapter, text, options=TextOptions(**settings)))
+
+
+def _render(found: Any, said: dict[str, Any] | None) -> str:
+    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found.rows:
+        groups[row["role"]].append(row)
+    rows = [
+        {
+            "role": role,
+            "matrices": len(group),
+            "rank": median(row["rank"] for row in group),
+            "error": f"{median(row['error'] for row in group):.6f}",
+            "best": f"{median(row['optimum'] for row in group):.6f}",
+            "worst": f"{max(row['error'] for row in group):.6f}",
+        }
+        for role, group in groups.items()
+    ]
+    totals = found.totals
+    parts = [table(rows), f"All matrices: error {totals['error']:.6f}, best at these ranks {totals['optimum']:.6f}."]
+    if said:
+        parts.append(_say(said))
+    if found.worse:
+        parts.append(f"Worse than claimed: {', '.join(map(printable, found.worse))}.")
+    if found.missing:
+        parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
+    if found.claims and not found.worse and not found.missing:
+        parts.append("As good as deltaspec.json claims.")
+    elif not found.claims:
+        parts.append("It holds no deltaspec.json that speaks of this pair: nothing was claimed.")
+    return "\n\n".join(parts)
+
+
+def _say(said: dict[str, Any]) -> str:
+    return (
+        f"On the text ({said['measure']}, {said['tokens']:,} tokens): KL to the tuned model {said['kl_adapter']:.4g} "
+        f"with the adapter, {said['kl_base']:.4g} without; top-1 agreement {100 * said['top1_adapter']:.2f} % and "
+        f"{100 * said['top1_base']:.2f} %."
+    )

@@ -1,0 +1,110 @@
+"""What lies beside a checkpoint's weights: its config, tokenizer and other files that a merged copy keeps."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from deltaspec.errors import CheckpointError
+from deltaspec.io import hub
+from deltaspec.io.shards import PICKLED
+from deltaspec.io.writer import unwritten, whole_file
+from deltaspec.types import Checkpoint
+
+WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt", ".nemo", ".distcp")
+OTHERS = (".metadata", ".index.json", ".ckpt.index", ".tmp", ".zip", ".tar", ".npz", ".tflite", ".mlmodel")
+CONFIG = "config.json"
+NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def is_companion(name: str) -> bool:
+    """Tell whether a file of this name, at a checkpoint's top, is anything but weights in some format."""
+    return "/" not in name and not name.startswith(".") and not name.lower().endswith((*WEIGHTS, *OTHERS))
+
+
+def find_companions(base: Checkpoint) -> tuple[list[Path], str]:
+    """List the files beside a checkpoint's weights, fetched first where it comes from the hub.
+
+    Returns
+    -------
+    list of Path
+        Plain files at the top; of links only those that stay in the folder, or in the hub's cache around it. None of a
+        lone file without config.json, whose neighbours may belong to other models.
+    str
+        Why some may be missing, else "".
+    """
+    note = _fetch(base) if base.revision else ""
+    if not (base.root / CONFIG).exists() and Path(base.ref).expanduser().is_file():
+        return [], note
+    root = base.root.resolve()
+    homes = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    beside = [path for path in sorted(base.root.iterdir()) if is_companion(path.name) and path.is_file()]
+    return [path for path in beside if any(path.resolve().is_relative_to(home) for home in homes)], note
+
+
+def _fetch(base: Checkpoint) -> str:
+    parsed = hub.parse_id(base.ref, suffixes=())
+    try:
+        if parsed:
+            hub.fetch_others(parsed[0], base.revision or parsed[1], chosen=is_companion)
+    except CheckpointError as cause:
+        return f"only what the cache has of {base.ref} is copied beside the weights ({cause})"
+    return ""
+
+
+def copy_companions(files: list[Path], folder: Path, *, config: dict[str, Any] | None) -> None:
+    """Copy files into a folder; ``config``, where it is given, is written as config.json instead of the file's own.
+
+    Raises
+    ------
+    RunError
+        If a file cannot be written.
+    """
+    for path in files:
+        if config is not None and path.name == CONFIG:
+            with whole_file(folder / CONFIG) as stream:
+                stream.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            continue
+        try:
+            shutil.copyfile(path, folder / path.name)
+        except OSError as cause:
+            raise unwritten(folder / path.name, cause) from cause
+
+
+def adjust_config(
+    config: dict[str, Any], *, dtype: str, vocabulary: tuple[int, int] | None, untied: bool
+) -> dict[str, Any] | None:
+    """Return the config that fits merged weights; None where it fits as it is.
+
+    Parameters
+    ----------
+    config : dict
+    dtype : str
+        bf16, fp16 or fp32, which all float tensors now have (so that nothing is quantised any more), or auto.
+    vocabulary : tuple of int, optional
+        Rows of the embedding before and after.
+    untied : bool
+        Whether head and embedding are two tensors now.
+    """
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for scope in (changed, *(inner for inner in changed.values() if isinstance(inner, dict))):
+        if dtype != "auto":
+            scope.update({key: NAMES[dtype] for key in ("dtype", "torch_dtype") if key in scope})
+        if vocabulary and scope.get("vocab_size") == vocabulary[0]:
+            scope["vocab_size"] = vocabulary[1]
+        if untied and ("tie_word_embeddings" in scope or scope is changed):
+            scope["tie_word_embeddings"] = False
+    if dtype != "auto":
+        changed.pop("quantization_config", None)
+    return changed if changed != config else None
+
+
+def output_name(name: str) -> str:
+    """Name the safetensors file that a weight file becomes."""
+    stem, dot, suffix = name.rpartition(".")
+    if f"{dot}{suffix}" not in PICKLED:
+        return name
+    return re.sub(r"(^|/)pytorch_model", r"\1model", stem) + ".safetensors"

@@ -1,0 +1,189 @@
+"""PEFT LoRA folders: factors and whole tensors → adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
+from deltaspec.io.peft_targets import Layout, Target, make_targets
+from deltaspec.io.peft_tensors import list_factors, plan_whole
+from deltaspec.io.writer import SAVED, whole_file, write_safetensors
+from deltaspec.types import AdapterModule, Checkpoint, Entry
+
+VERSION = "0.21.2"  # of the PEFT whose layout this is
+NO_TARGETS = "dummy-target-modules"  # what PEFT asks for where nothing but whole modules is stored
+STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """What an adapter's two files will hold, and what of it PEFT could not: name in the base → why."""
+
+    config: dict[str, Any]
+    entries: list[Entry]
+    refused: dict[str, str]
+
+
+def write_adapter(
+    folder: Path,
+    modules: Sequence[AdapterModule],
+    full: Sequence[Entry],
+    *,
+    base: Checkpoint,
+    dtype: str,
+    rslora: bool = False,
+    untied: Collection[str] = (),
+) -> dict[str, str]:
+    """Write an adapter into an existing folder, as plan_adapter lays it out; returns what was refused, with reasons.
+
+    Raises
+    ------
+    RunError
+        If the folder cannot be written.
+    """
+    plan = plan_adapter(modules, full, base=base, dtype=dtype, rslora=rslora, untied=untied)
+    write_safetensors(folder / WEIGHTS[0], plan.entries, metadata=SAVED)
+    with whole_file(folder / CONFIG) as stream:
+        stream.write(json.dumps(plan.config, indent=2).encode())
+    return plan.refused
+
+
+def plan_adapter(
+    modules: Sequence[AdapterModule],
+    full: Sequence[Entry],
+    *,
+    base: Checkpoint,
+    dtype: str,
+    rslora: bool = False,
+    untied: Collection[str] = (),
+) -> AdapterPlan:
+    """Lay out an adapter for PEFT, under the names of the running model and with a scaling of exactly 1.
+
+    Parameters
+    ----------
+    modules : sequence of AdapterModule
+        Under the base's names. Factors of an embedding serve every module that is tied to it.
+    full : sequence of Entry
+        Tensors stored whole (modules_to_save), under the base's names; what else their modules hold is taken from the
+        base.
+    base : Checkpoint
+    dtype : str
+        Of the factors: fp32, bf16 or fp16.
+    rslora : bool
+        Scale by α/√r instead of α/r.
+    untied : collection of str
+        Tensors that the embedding's factors must not serve, although the base ties them.
+
+    Returns
+    -------
+    AdapterPlan
+        Every module and tensor is in it, or refused.
+    """
+    layout = Layout(base, untied)
+    targets, refused = make_targets(modules, layout)
+    targets = _without_collisions(targets, layout, refused)
+    bias = _settle_biases(targets, refused)
+    saved, whole = plan_whole(full, layout, targets, refused)
+    config = _config(targets, layout, saved=saved, rslora=rslora, bias=bias)
+    return AdapterPlan(config, list_factors(targets, STORED[dtype], bias=bias) + whole, refused)
+
+
+def _config(targets: Sequence[Target], layout: Layout, *, saved: list[str], rslora: bool, bias: bool) -> dict[str, Any]:
+    ranks = {target.parameter or target.path: target.module.rank for target in targets}
+    counts = Counter(ranks.values())
+    common = max(counts, key=lambda rank: (counts[rank], rank), default=1)
+    others = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
+    paths = [target.path for target in targets if not target.parameter]
+    return {
+        "peft_type": "LORA",
+        "peft_version": VERSION,
+        **_task(layout.base.config),
+        "base_model_name_or_path": _reference(layout.base),
+        "revision": layout.base.revision,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": _alpha(common, rslora=rslora),
+        "rank_pattern": others,
+        "alpha_pattern": {pattern: _alpha(rank, rslora=rslora) for pattern, rank in others.items()},
+        "use_rslora": rslora,
+        "target_modules": paths if targets else NO_TARGETS,
+        "target_parameters": [target.parameter for target in targets if target.parameter] or None,
+        "exclude_modules": sorted(_excluded(targets, layout)) or None,
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": any(target.module.kind == "conv1d" for target in targets),
+        "lora_bias": bias,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+    }
+
+
+def _alpha(rank: int, *, rslora: bool) -> float:
+    """Return the α that makes PEFT's scaling exactly 1."""
+    return math.sqrt(rank) if rslora else rank
+
+
+def _task(config: dict[str, Any]) -> dict[str, Any]:
+    """Say which class loads the adapter: a task type where PEFT's wrapper for it changes nothing, else a class."""
+    found = config.get("architectures")
+    if not isinstance(found, list) or not found or not isinstance(found[0], str):
+        return {"task_type": None}
+    if re.search(r"ForCausalLM$|LMHeadModel$", found[0]) and not config.get("is_encoder_decoder"):
+        return {"task_type": "CAUSAL_LM"}
+    return {"task_type": None, "auto_mapping": {"base_model_class": found[0], "parent_library": "transformers"}}
+
+
+def _reference(base: Checkpoint) -> str:
+    """Name the base so that no relative path is taken for a hub id."""
+    if Path(base.ref).expanduser().exists():
+        return str(base.root.resolve())
+    return base.ref.partition("@")[0]
+
+
+def _ends_in(name: str, others: Collection[str]) -> bool:
+    """Tell whether a name ends in another, a dot before it: as PEFT matches what its config lists."""
+    pieces = name.split(".")
+    return any(".".join(pieces[start:]) in others for start in range(1, len(pieces)))
+
+
+def _excluded(targets: Sequence[Target], layout: Layout) -> set[str]:
+    """List modules that target_modules would hit and nobody meant."""
+    paths = {target.path for target in targets if not target.parameter}
+    return {path for path in layout.modules - paths if _ends_in(path, paths)}
+
+
+def _without_collisions(targets: list[Target], layout: Layout, refused: dict[str, str]) -> list[Target]:
+    """Leave out targets that PEFT could not tell from others, by the ends of their names or by their order."""
+    parameters = {target.parameter for target in targets if target.parameter}
+    hit = {name for name in layout.running if name not in parameters and _ends_in(name, parameters)}
+    excluded, shared = _excluded(targets, layout), Counter(target.path for target in targets)
+    kept = []
+    for target in targets:
+        reason = ""
+        if target.parameter and any(name.endswith(f".{target.parameter}") for name in hit):
+            reason = "PEFT would change another parameter too, whose name ends alike"
+        elif not target.parameter and _ends_in(target.path, excluded):
+            reason = "its name ends like that of a module which must be left out"
+        elif shared[target.path] > 1 and target.parameter.rpartition(".")[2] not in NESTED:
+            reason = f"'{target.path}' has several targets, whose order in PEFT is not known"
+        refused.update(dict.fromkeys(target.sources if reason else (), reason))
+        kept += [] if reason else [target]
+    return kept
+
+
+def _settle_biases(targets: list[Target], refused: dict[str, str]) -> bool:
+    """Decide whether the adapter carries biases: PEFT has none beside factors of embeddings or of parameters."""
+    carrying = [target for target in targets if target.module.read_bias]
+    blocking = next((target for target in targets if target.parameter or target.module.kind == "embedding"), None)
+    if not carrying or blocking is None:
+        return bool(carrying)
+    reason = f"PEFT has no lora_bias beside the factors of '{blocking.sources[0]}'"
+    refused.update({f"{target.sources[0]}.bias": reason for target in carrying})
+    return False

@@ -1,0 +1,1 @@
+"""Adapters added to weights and to each other."""

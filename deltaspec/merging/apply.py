@@ -1,0 +1,144 @@
+"""W + ΔW, summed once and rounded once, with what the rounding lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import NumericalError
+
+BLOCK = 1 << 16  # elements of a block: half a megabyte in float64, so that the passes over it stay in cache
+Rows = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What storing W' = round(W + ΔW) kept of ΔW; sums, so that losses of several matrices add up.
+
+    ``update`` = ‖ΔW‖², ``error`` = ‖(W' - W) - ΔW‖², both float64; ``unchanged`` of the ``elements`` are what they
+    were.
+    """
+
+    update: float = 0.0
+    error: float = 0.0
+    unchanged: int = 0
+    elements: int = 0
+
+    def __add__(self, other: Loss) -> Loss:
+        """Add up the sums of two matrices."""
+        return Loss(
+            self.update + other.update,
+            self.error + other.error,
+            self.unchanged + other.unchanged,
+            self.elements + other.elements,
+        )
+
+    @property
+    def relative(self) -> float | None:
+        """‖(W' - W) - ΔW‖ / ‖ΔW‖; None where ΔW is zero."""
+        return math.sqrt(self.error / self.update) if self.update else None
+
+    @property
+    def unchanged_share(self) -> float:
+        """Share of elements that are what they were."""
+        return self.unchanged / self.elements if self.elements else 1.0
+
+
+def merge_block(
+    weight: Tensor, update: Tensor, *, dtype: torch.dtype, whole: Tensor | None = None, share: float = 1.0
+) -> tuple[Tensor, Loss]:
+    """Return W' = round(W + share·(whole - W) + update) and what rounding lost of the change.
+
+    Parameters
+    ----------
+    weight : Tensor, any float dtype
+        W as stored; the sum is formed in float64 where W is float64, else in float32.
+    update : Tensor, float64, same shape
+    dtype : torch.dtype
+        Of W'.
+    whole : Tensor, any float dtype, same shape, optional
+        What replaces W: entirely where ``share`` is 1, else by that share.
+    share : float
+
+    Returns
+    -------
+    Tensor, Loss
+
+    Raises
+    ------
+    NumericalError
+        If W, the change, or W' in its dtype is not finite.
+    """
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    before, change, start = weight.double(), update, weight.to(wide)
+    if whole is not None:
+        start = whole.to(wide) if share == 1 else torch.lerp(before, whole.double(), share).to(wide)
+        change = (whole.double() - before).mul_(share).add_(update)
+    merged = start.add(update.to(wide)).to(dtype)
+    moved = merged.double() - before  # not in place: merged may be float64 itself
+    changed = moved.sign().abs_().sum()  # a count in float64: half the time of count_nonzero
+    update_energy, error = _energy(change), _energy(moved.sub_(change))
+    if not math.isfinite(error + update_energy):
+        raise NumericalError(_reason(before, change, merged))
+    return merged, Loss(update_energy, error, moved.numel() - int(changed), moved.numel())
+
+
+def merge_rows(
+    weight: Rows,
+    update: Rows,
+    store: Callable[[int, int, Tensor], None],
+    *,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    whole: Rows | None = None,
+    share: float = 1.0,
+) -> Loss:
+    """Merge one matrix by blocks of rows.
+
+    Parameters
+    ----------
+    weight, update, whole : callable
+        From start and stop to these rows, (stop - start, d_in); see merge_block.
+    store : callable
+        Takes start, stop and the merged rows.
+    shape : tuple of int
+        (d_out, d_in).
+    dtype : torch.dtype
+    share : float
+
+    Raises
+    ------
+    NumericalError
+        As merge_block.
+    """
+    loss = Loss()
+    for start, stop in row_blocks(shape):
+        full = None if whole is None else whole(start, stop)
+        merged, lost = merge_block(weight(start, stop), update(start, stop), dtype=dtype, whole=full, share=share)
+        store(start, stop, merged)
+        loss += lost
+    return loss
+
+
+def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of blocks of rows that are small beside the matrix."""
+    step = max(1, BLOCK // max(shape[1], 1))
+    yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _energy(values: Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))
+
+
+def _reason(before: Tensor, change: Tensor, merged: Tensor) -> str:
+    for what, values in (("the base holds", before), ("the adapter holds", change)):
+        if not bool(torch.isfinite(values).all()):
+            return f"{what} NaN or infinity"
+    largest = float((before + change).abs().max())
+    kind = str(merged.dtype).removeprefix("torch.")
+    return f"values up to {largest:.3g} do not fit {kind}; pass --dtype bf16 or fp32"

@@ -1,0 +1,113 @@
+"""Where an adapter's factors belong in the base: by stored names, or by those of the running model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+
+from deltaspec.architecture.match import Identification
+from deltaspec.io.running import Place, is_told, place_tensors
+from deltaspec.pairing.names import align_names
+from deltaspec.pairing.plan import Plan
+from deltaspec.types import Checkpoint, LowRankSource, LowRankTerm, MatrixSource, View, WeightPair
+
+Homes = dict[str, list[tuple[str, Place]]]
+
+
+def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
+    """Map what an adapter names to the base's tensors.
+
+    Parameters
+    ----------
+    base : Checkpoint
+    paths : collection of str
+        Module paths, parameters' names and names of tensors stored whole.
+    plan : Plan
+        Notes a prefix that differs.
+
+    Returns
+    -------
+    dict
+        Path → the base's tensors, each with its place in what the path names; paths that the base lacks are missing.
+    """
+    stored: Homes = {name: [(name, Place(name))] for name in base.tensors}
+    running: Homes = {}
+    for name, places in place_tensors(base.tensors, base.config).items():
+        for place in places:
+            running.setdefault(place.name, []).append((name, place))
+    homes: Homes = {}
+    best = ""
+    for names in (stored, running):
+        wanted = {path if path in names else weight_of(path): path for path in paths}
+        mapping, note = align_names(names, wanted)
+        if len(mapping) > len(homes):
+            homes, best = {wanted[mapped]: names[name] for name, mapped in mapping.items()}, note
+    if best:
+        plan.notes.append(best)
+    return homes
+
+
+def weight_of(path: str) -> str:
+    """Name the tensor that a module path adapts: its weight."""
+    return path if path.endswith((".weight", ".bias")) else f"{path}.weight"
+
+
+def factor_shape(term: LowRankTerm) -> tuple[int, int]:
+    """(d_out, d_in) of a stored pair of factors, of one expert where they are a stack's; kernels flattened."""
+    a, b = term.lora_A.shape, term.lora_B.shape
+    return (a[1], b[0]) if term.embedding else (b[0], math.prod(a[1:]))
+
+
+def pair_factors(
+    known: Identification, base: Checkpoint, name: str, *, term: LowRankTerm, home: list[tuple[str, Place]]
+) -> list[WeightPair]:
+    """Pair each matrix of a tensor with its rows of a product, and its expert of a stack.
+
+    Parameters
+    ----------
+    known : Identification
+        Of the base.
+    base : Checkpoint
+    name : str
+        The base's tensor.
+    term : LowRankTerm
+    home : list of (str, Place)
+        All tensors that the term changes, this one among them.
+
+    Returns
+    -------
+    list of WeightPair
+        Empty where the shapes do not fit.
+    """
+    found = known.matrices.get(name, ())
+    if not found:
+        return []
+    first, place = found[0].view, dict(home)[name]
+    height = sum(part.view.shape[0] for part in found if part.view.expert == first.expert)
+    experts = {place.expert for _, place in home} if place.expert is not None else {p.view.expert for p in found}
+    turned = first.expert is not None and first.transposed and not is_told(base.config)
+    rows = height * place.parts if place.expert is not None else height // place.parts
+    shape = factor_shape(term)
+    whole = (first.shape[1], rows) if turned else (rows, first.shape[1])
+    if shape != whole or len(experts) != max(term.experts, 1):
+        return []
+    pairs = []
+    for part in found:
+        view = _view(part.view, place, height, turned=turned)
+        if view:
+            source = LowRankSource((term,), view)
+            dense = MatrixSource(base.tensors[name], part.view)
+            pairs.append(WeightPair(part.key, view.shape, dense, source, part.guessed))
+    return pairs
+
+
+def _view(view: View, place: Place, height: int, *, turned: bool) -> View | None:
+    """Return where a matrix of the base lies in the product; None where the product has another block of rows."""
+    if place.expert is not None:
+        start = place.part * height
+        return View(view.shape, expert=place.expert, start=start, stop=start + height)
+    if place.parts == 1:
+        return replace(view, transposed=turned)
+    rows = height // place.parts
+    return View(view.shape) if (view.start, view.shape[0]) == (place.part * rows, rows) else None

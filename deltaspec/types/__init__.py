@@ -1,0 +1,43 @@
+"""The nouns of deltaspec: frozen dataclasses that every floor may use.
+
+Shape letters: d_out and d_in are a matrix's outputs and inputs, r a rank, k a number of singular values.
+Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F8_E5M2, I64, U8, …
+"""
+
+from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
+from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectrum, Truncation
+from deltaspec.types.stored import (
+    AdapterIndex,
+    Checkpoint,
+    Identified,
+    LowRankSource,
+    LowRankTerm,
+    MatrixKey,
+    MatrixSource,
+    Shape,
+    TensorSpec,
+    View,
+    WeightPair,
+)
+
+__all__ = [
+    "AdapterIndex",
+    "AdapterModule",
+    "Checkpoint",
+    "Entry",
+    "Identified",
+    "LowRankDelta",
+    "LowRankSource",
+    "LowRankTerm",
+    "MatrixKey",
+    "MatrixRecord",
+    "MatrixSource",
+    "ModulePair",
+    "Rounding",
+    "Shape",
+    "Spectrum",
+    "TensorSpec",
+    "Truncation",
+    "View",
+    "WeightPair",
+]

@@ -1,0 +1,177 @@
+"""Two checkpoints → a LoRA adapter of the change, with a certificate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltaspec.engine.local import resolve_devices
+from deltaspec.engine.local import run as run_engine
+from deltaspec.errors import DeltaspecError, NumericalError, PairingError
+from deltaspec.io.moments import Moments, open_moments
+from deltaspec.io.open import identify_source
+from deltaspec.io.staging import Staging
+from deltaspec.options import ExtractOptions, RankOptions
+from deltaspec.store.pieces import Pieces
+from deltaspec.workflows.analyze import Step
+from deltaspec.workflows.assemble import Assembly, write_adapters
+from deltaspec.workflows.factors import Job, factorise, memory_of
+from deltaspec.workflows.rest import measure_rest
+from deltaspec.workflows.sources import Sources, open_sources
+from deltaspec.workflows.spend import Spending, spend
+
+
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    options: ExtractOptions | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Step], None] | None = None,
+) -> dict[str, Any]:
+    """Write the change between two checkpoints as low-rank factors that PEFT loads, and say how good they are.
+
+    Parameters
+    ----------
+    base, tuned : str or Path
+        A folder, a file, or a hub id with @revision; tuned may be a LoRA adapter of base.
+    out : str or Path
+        The adapter's folder, written whole or not at all. With several amounts it holds one folder for each.
+    options : ExtractOptions, optional
+    overwrite : bool
+        Replace an adapter that is there.
+    progress : callable, optional
+        Called with a Step after each matrix.
+
+    Returns
+    -------
+    dict
+        Label (rank-16, energy-0.9, …) → the report that is also written as ``deltaspec.json``.
+
+    Raises
+    ------
+    DeltaspecError
+        If a side cannot be read, the two do not pair, a matrix holds NaN, or ``out`` cannot be written.
+    """
+    options = options or ExtractOptions()
+    devices = resolve_devices(options.analysis.device, options.analysis.workers)
+    sources = open_sources(base, tuned, options)
+    moments = open_moments(Path(options.calibration)) if options.calibration else None
+    identity = {
+        "base": identify_source(sources.base),
+        "tuned": identify_source(sources.tuned),
+        "options": {**options.identity(), "calibration": _digest(options.calibration)},
+    }
+    inputs = [sources.base.root, sources.tuned.root]
+    with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
+        runner = Runner(options, devices, progress)
+        spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
+        jobs = make_jobs(sources, options, spending, moments)
+        pieces = Pieces(staging.path / "factors")
+        rows = runner.fill(jobs, pieces)
+        _refuse_equal(sources, rows)
+        rest = measure_rest(sources, rows, device=devices[0])
+        assembly = Assembly(sources, options, rows, pieces, rest, spending, identity)
+        reports = write_adapters(assembly, staging.path / "built", labels=label_amounts(options.ranks))
+        staging.commit(staging.path / "built")
+    return reports
+
+
+def _refuse_equal(sources: Sources, rows: dict[str, Any]) -> None:
+    if any(row["energy"] for row in rows.values()):
+        return
+    message = (
+        f"No matrix that could get factors differs between {sources.base.ref} and {sources.tuned.ref}: there is "
+        "nothing to extract; check that the second is the fine-tune."
+    )
+    raise PairingError(message)
+
+
+def label_amounts(ranks: RankOptions) -> dict[str, float]:
+    """Name each adapter to be written after its policy and amount."""
+    name = ranks.policy.replace("_", "-")
+    return {name: 0.0} if name == "above-rounding" else {f"{name}-{amount:.12g}": amount for amount in ranks.amounts}
+
+
+def default_folder(tuned: str | Path, options: ExtractOptions) -> Path:
+    """Name an adapter's folder after the tuned model and the policy."""
+    name = str(tuned).rstrip("/").split("/")[-1].split("@")[0] or "model"
+    labels = label_amounts(options.ranks)
+    return Path("adapters") / f"{name}-{next(iter(labels)) if len(labels) == 1 else options.ranks.policy + 's'}"
+
+
+def make_jobs(
+    sources: Sources, options: ExtractOptions, spending: Spending | None, moments: Moments | None
+) -> list[Job]:
+    """One job for each matrix that gets factors."""
+    amounts, jobs = label_amounts(options.ranks), []
+    for module in sources.modules:
+        for pair in module.pairs:
+            labels = spending.ranks[str(pair.key)] if spending else amounts
+            weigh = partial(moments.get, module.name) if moments and module.kind in ("linear", "conv1d") else None
+            jobs.append(Job(pair, labels, spending is not None, sources.dtype, weigh))
+    return jobs
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """Runs jobs on devices, and keeps what is done."""
+
+    options: ExtractOptions
+    devices: list[torch.device]
+    progress: Callable[[Step], None] | None
+
+    def fill(self, jobs: Sequence[Job], pieces: Pieces, work: Callable[..., Any] | None = None) -> dict[str, Any]:
+        """Do the jobs whose pieces are missing, largest first, and return all rows by key.
+
+        Raises
+        ------
+        NumericalError
+            If any job failed; the others are kept.
+        """
+        function = work or (lambda job, device: factorise(job, self.options.ranks, device))
+        rows = {job.key: pieces.row(job.key) or {} for job in jobs}
+        wanted = {job.key: {**job.labels, "given": job.given} for job in jobs}
+        todo = [job for job in jobs if rows[job.key].get("wanted") != wanted[job.key]]
+        todo.sort(key=lambda job: -job.work)
+        largest = max((memory_of(job) for job in jobs), default=0)
+        done = finished = weights = 0
+        failed: list[Exception] = []
+        total = sum(job.work for job in todo)
+        budget = self.options.analysis.memory or 2 * largest + (48 << 20)
+        for outcome in run_engine(todo, function, devices=self.devices, cost=memory_of, budget=budget):
+            job = outcome.item
+            if outcome.value is None:
+                failed.append(outcome.failure or RuntimeError(job.key))
+            else:
+                row, tensors = outcome.value
+                rows[job.key] = {**row, "wanted": wanted[job.key]}
+                pieces.put(job.key, rows[job.key], tensors)
+            done, finished, weights = done + 1, finished + job.work, weights + job.work
+            if self.progress:
+                self.progress(Step(done, len(todo), len(failed), finished, total, weights))
+        if failed:
+            raise _failure(failed)
+        return rows
+
+
+def _failure(failed: list[Exception]) -> Exception:
+    first = next((error for error in failed if not isinstance(error, DeltaspecError)), failed[0])
+    if not isinstance(first, DeltaspecError):
+        return first
+    more = f" ({len(failed) - 1} more matrices failed.)" if len(failed) > 1 else ""
+    return NumericalError(f"{first}{more}")
+
+
+def _digest(path: str) -> str:
+    if not path:
+        return ""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

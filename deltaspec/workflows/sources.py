@@ -1,0 +1,109 @@
+"""What an extraction starts from: both sides, and which modules of the base get factors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import PairingError
+from deltaspec.io.peft_targets import Layout, make_targets
+from deltaspec.options import ExtractOptions, FormOptions
+from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
+from deltaspec.pairing.plan import Plan
+from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, WeightPair
+from deltaspec.workflows.analyze import Source, make_plan
+
+FACTOR_DTYPES = {"F16": "fp16", "BF16": "bf16"}
+GROWN = "its vocabulary grew: --extras all stores it whole"
+NO_BIASES = "PEFT has no biases beside factors of an embedding: --extras all stores it whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Both sides, their plan, and the modules that get factors; ``left`` says why the others do not."""
+
+    base: Checkpoint
+    tuned: Source
+    plan: Plan
+    modules: tuple[ModulePair, ...]
+    left: dict[str, str]
+    dtype: str
+
+
+def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -> Sources:
+    """Open and pair both sides, and choose the modules that get factors.
+
+    Raises
+    ------
+    PairingError
+        If the base is an adapter, or nothing is left to extract.
+    """
+    plan, first, second = make_plan(base, tuned, replace(options.analysis, spectra=("delta",)))
+    if isinstance(first, AdapterIndex):
+        message = f"The base {first.ref} is an adapter: pass its base model, or use deltaspec combine for two adapters."
+        raise PairingError(message)
+    modules, left = group_modules(plan, first, split_fused=options.form.split_fused)
+    reasons = {module.name: reason for module in modules if (reason := _why_not(module, modules, plan, options.form))}
+    refused = _refused_by_peft([m for m in modules if m.name not in reasons], first, target=options.form.target)
+    left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
+    kept = tuple(module for module in modules if module.name not in left)
+    if not kept:
+        name, reason = next(iter(left.items()), ("nothing", "no matrix pairs"))
+        message = f"No matrix of {first.ref} can get factors (for example '{name}': {reason}): change the options."
+        raise PairingError(message)
+    return Sources(first, second, plan, kept, left, resolve_dtype(options.form.dtype, modules))
+
+
+def _why_not(module: ModulePair, modules: Sequence[ModulePair], plan: Plan, form: FormOptions) -> str:
+    """Say why the options keep factors from a module; "" if they do not."""
+    key = module.pairs[0].key
+    if form.target != "peft" and (module.kind not in ("linear", "conv1d") or key.role not in IN_BLOCKS):
+        return f"{form.target} takes factors of the blocks' linear layers only"
+    if form.target != "peft" and key.depth is None:
+        return f"{form.target} takes factors of the blocks' linear layers only"
+    if form.extras == "all" and grown_rows(module.pairs[0]):
+        return GROWN
+    if form.extras != "none" and module.kind == "embedding":
+        biases = {vector.key.tensor for vector in plan.vectors}
+        if any(f"{other.path}.bias" in biases for other in modules):
+            return NO_BIASES
+    return ""
+
+
+def _refused_by_peft(modules: Sequence[ModulePair], base: Checkpoint, *, target: str) -> dict[str, str]:
+    """Return the paths whose factors PEFT cannot hold, or only as parameters where the target is another."""
+    rows = [
+        AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel, len(m.pairs), transposed=m.transposed)
+        if m.kind == "stack"
+        else AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel)
+        for m in modules
+    ]
+    targets, refused = make_targets(rows, Layout(base))
+    if target != "peft":
+        reason = f"{target} takes factors of plain linear layers only, and running models stack these experts"
+        refused |= {source: reason for found in targets if found.parameter for source in found.sources}
+    return refused
+
+
+def _unread() -> tuple[Tensor, Tensor]:
+    return torch.zeros(0), torch.zeros(0)
+
+
+def resolve_dtype(dtype: str, modules: Sequence[ModulePair]) -> str:
+    """Return the dtype of the factors; auto takes the tuned side's most frequent one, fp32 for wider and narrower."""
+    if dtype != "auto":
+        return dtype
+    kinds = Counter(stored_dtype(pair) for module in modules for pair in module.pairs)
+    return FACTOR_DTYPES.get(kinds.most_common(1)[0][0], "fp32")
+
+
+def stored_dtype(pair: WeightPair) -> str:
+    """Name the dtype in which the tuned side of a pair is stored."""
+    if isinstance(pair.tuned, LowRankSource):
+        return pair.tuned.terms[0].lora_A.dtype if pair.tuned.terms else ""
+    return pair.tuned.spec.dtype
