@@ -87,6 +87,9 @@ def _render(found: Any, said: dict[str, Any] | None) -> str:
         parts.append(f"Worse than claimed: {', '.join(map(printable, found.worse))}.")
     if found.missing:
         parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
+    if found.rest:
+        right = sum(row["right"] for row in found.rest)
+        parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")
     if found.claims and not found.worse and not found.missing:
         parts.append("As good as deltaspec.json claims.")
     elif not found.claims:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.io.shards import list_tensors
 from deltaspec.types import AdapterModule
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def write_report(
         "whole": list(full),
         "unchanged": assembly.rest.unchanged,
         "not_carried": _rows(left, refused, _total(assembly)),
-        "totals": _totals(assembly, matrices, modules, folder, full),
+        "totals": _totals(assembly, matrices, folder, full),
         "grown": _grown(assembly, full),
         "budget": assembly.spending.report[label] if assembly.spending else None,
     }
@@ -109,7 +110,6 @@ def _rows(left: Sequence[Leftover], refused: dict[str, str], total: float) -> li
 def _totals(
     assembly: Assembly,
     matrices: Sequence[dict[str, Any]],
-    modules: Sequence[AdapterModule],
     folder: Path,
     full: Sequence[str],
 ) -> dict[str, Any]:
@@ -119,11 +119,12 @@ def _totals(
     best = sum(row["energy"] * row["optimum"] ** 2 for row in matrices)
     total = _total(assembly)
     whole = sum(item.energy or 0.0 for item in assembly.rest.leftovers if item.name in full)
-    parameters = sum(module.rank * sum(module.shape) * max(module.experts, 1) for module in modules)
+    file = folder / "adapter_model.safetensors"
+    parameters = sum(math.prod(t.shape) for name, t in list_tensors(file)[0].items() if ".lora_" in name)
     return {
         "matrices": len(matrices),
         "parameters": parameters,
-        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "bytes": file.stat().st_size,
         "energy": energy,
         "error": math.sqrt(lost / energy) if energy else 0.0,
         "optimum": math.sqrt(best / energy) if energy else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from deltaspec.extraction.budget import Unit, allocate_ranks, uniform_rank
 from deltaspec.extraction.factors import DTYPES
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
+from deltaspec.io.peft_targets import Layout
+from deltaspec.io.running import SHARED
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import BUDGETS, ExtractOptions
@@ -107,7 +110,8 @@ def _from_run(sources: Sources, path: str) -> dict[str, Known]:
 
 
 def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]) -> Spending:
-    groups = [group for module in sources.modules for group in _groups(module)]
+    heads = [module.name for module in sources.modules if module.pairs[0].key.role == "lm_head"]
+    groups = _groups(sources.modules, Layout(sources.base, heads))
     units = [_unit(keys, cost, known, weighted=options.ranks.weighted) for keys, cost in groups]
     ranks: defaultdict[str, dict[str, float]] = defaultdict(dict)
     report: dict[str, dict[str, Any]] = {}
@@ -133,12 +137,34 @@ def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]
     return Spending(dict(ranks), report)
 
 
-def _groups(module: ModulePair) -> list[tuple[list[str], int]]:
-    """Matrices that share one rank, and what one more direction costs: a stack's experts are stored at one rank."""
-    keys = [str(pair.key) for pair in module.pairs]
-    if module.kind == "stack":
-        return [(keys, len(keys) * sum(module.shape))]
-    return [([key], sum(module.shape)) for key in keys]
+def _groups(modules: Sequence[ModulePair], layout: Layout) -> list[tuple[list[str], int]]:
+    """Matrices that are stored at one rank, and what one more direction of it costs in the file.
+
+    Experts share their stack's rank, also where the base holds them one by one; factors of an embedding are written
+    for every module that is tied to it.
+    """
+    groups: dict[object, tuple[list[str], int]] = {}
+    for module in modules:
+        keys, (d_out, d_in) = [str(pair.key) for pair in module.pairs], module.shape
+        places = layout.place(module.path)
+        if places[0].expert is not None:
+            place = places[0]
+            known, cost = groups.get((place.name, place.part), ([], 0))
+            groups[place.name, place.part] = (known + keys, cost + place.parts * d_out + d_in)
+        elif module.kind == "stack":
+            groups[module.name] = (keys, len(keys) * (d_out + d_in))
+        else:
+            cost = _copies(module, layout) * (d_out + d_in) if len(places) == 1 else d_out + len(places) * d_in
+            groups |= {key: ([key], cost) for key in keys}
+    return list(groups.values())
+
+
+def _copies(module: ModulePair, layout: Layout) -> int:
+    """How often a module's factors are written."""
+    if module.kind != "embedding":
+        return 1
+    path = layout.place(module.path)[0].name.removesuffix(".weight")
+    return len(layout.uses(path)) + (0 if SHARED.fullmatch(path) else 1)
 
 
 def _unit(keys: list[str], cost: int, known: dict[str, Known], *, weighted: bool) -> Unit:

@@ -22,9 +22,11 @@ from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.modules import group_modules
+from deltaspec.pairing.plan import Plan
 from deltaspec.types import AdapterIndex, Checkpoint, LowRankDelta, LowRankSource, MatrixSource, WeightPair
 from deltaspec.workflows.analyze import Source, Step, make_plan
 from deltaspec.workflows.finite import locate
+from deltaspec.workflows.verify_rest import check_rest
 
 SLACK, FLOOR = 1e-6, 1e-9  # relative and absolute: both sums are in float64, over the same stored factors
 
@@ -40,9 +42,14 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was found; ``worse`` names the matrices whose error exceeds what ``deltaspec.json`` claims."""
+    """What was found; ``worse`` names what is not as good as ``deltaspec.json`` claims, ``missing`` what is not there.
+
+    ``rows`` has each matrix, ``rest`` each bias and each tensor stored whole, with ``right`` where it is exactly the
+    fine-tune's.
+    """
 
     rows: tuple[dict[str, Any], ...]
+    rest: tuple[dict[str, Any], ...]
     totals: dict[str, Any]
     worse: tuple[str, ...]
     missing: tuple[str, ...]
@@ -84,7 +91,8 @@ def verify(
         )
         raise PairingError(message)
     claims = read_claims(index, second)
-    checks, missing = _match(plan_pairs(plan, first), pair_adapter(first, index, options), first, claims)
+    adapted = pair_adapter(first, index, options)
+    checks, missing = _match(plan_pairs(plan, first), plan_pairs(adapted, first), claims)
     rows: list[dict[str, Any]] = []
     devices = resolve_devices(options.device, options.workers)
     total = sum(math.prod(check.pair.shape) for check in checks)
@@ -98,11 +106,13 @@ def verify(
             progress(Step(len(rows), len(checks), 0, done, total, done))
     order = {str(check.pair.key): place for place, check in enumerate(checks)}
     rows.sort(key=lambda row: order[row["matrix"]])
-    worse = tuple(row["matrix"] for row in rows if row["worse"])
-    return Verification(tuple(rows), _totals(rows), worse, tuple(missing), bool(claims))
+    rest = check_rest(plan, adapted)
+    worse = [row["matrix"] for row in rows if row["worse"]]
+    worse += [row["tensor"] for row in rest if claims and not row["right"]]
+    return Verification(tuple(rows), tuple(rest), _totals(rows), tuple(worse), tuple(missing), bool(claims))
 
 
-def plan_pairs(plan: Any, base: Checkpoint) -> dict[str, WeightPair]:
+def plan_pairs(plan: Plan, base: Checkpoint) -> dict[str, WeightPair]:
     """Return a plan's pairs by key, with fused matrices whole."""
     modules, _ = group_modules(plan, base, split_fused=False)
     return {str(pair.key): pair for module in modules for pair in module.pairs}
@@ -130,11 +140,11 @@ def read_claims(adapter: AdapterIndex, tuned: Source) -> dict[str, dict[str, Any
 
 
 def _match(
-    pairs: dict[str, WeightPair], adapted: Any, base: Checkpoint, claims: dict[str, dict[str, Any]]
+    pairs: dict[str, WeightPair], adapted: dict[str, WeightPair], claims: dict[str, dict[str, Any]]
 ) -> tuple[list[Check], list[str]]:
     """Find each adapted matrix's delta; claims that no factors stand behind are missing."""
     checks = []
-    for key, pair in plan_pairs(adapted, base).items():
+    for key, pair in adapted.items():
         delta = pairs.get(key)
         if delta is None or not isinstance(pair.tuned, LowRankSource):
             continue

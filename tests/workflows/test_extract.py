@@ -139,6 +139,18 @@ def test_a_budget_is_kept_and_spent_where_it_keeps_most(tmp_path):
     assert bought >= refused or 3000 - report["budget"]["spent"] < max(shapes)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "mixtral_stacked", "gpt2", "bart", "dinov2", "starcoder2", "gpt_oss"])
+def test_a_budget_counts_what_the_file_holds(name, tmp_path):
+    """Experts padded to one rank, tied embeddings written twice, parts that share lora_A: all are paid for."""
+    base, tuned = planted_pair(tmp_path, FAMILIES[name], rank=5)
+    options = ExtractOptions(RankOptions("params", (6000,)), analysis=CPU)
+    (report,) = extract(base, tuned, tmp_path / "out", options=options).values()
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert (
+        sum(t.numel() for t in tensors.values()) == report["budget"]["spent"] == report["totals"]["parameters"] <= 6000
+    )
+
+
 def test_a_run_gives_a_budget_the_same_ranks(tmp_path):
     base, tuned = noisy_pair(tmp_path)
     analyze(base, tuned, tmp_path / "run", options=CPU)

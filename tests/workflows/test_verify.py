@@ -58,6 +58,24 @@ def test_a_claim_that_no_factors_stand_behind_is_missing(extracted):
     assert verify(*extracted, options=CPU).missing == ("model.layers.1.mlp.up_proj.weight",)
 
 
+def test_biases_and_whole_tensors_are_checked_too(tmp_path):
+    base, tuned = planted_pair(tmp_path, FAMILIES["vit"])
+    options = ExtractOptions(RankOptions(amounts=(3,)), FormOptions(extras="all"), CPU)
+    extract(base, tuned, tmp_path / "adapter", options=options)
+    found = verify(base, tuned, tmp_path / "adapter", options=CPU)
+    assert {row["kind"] for row in found.rest} == {"bias", "whole"}
+    assert all(row["right"] for row in found.rest)
+    assert not found.worse
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    state = load_file(file)
+    bias = next(name for name in state if name.endswith("lora_B.bias"))
+    whole = next(name for name in state if ".lora_" not in name)
+    state[bias][0] += 1e-3
+    state[whole].reshape(-1)[0] += 1e-3
+    save_file(state, file)
+    assert len(verify(base, tuned, tmp_path / "adapter", options=CPU).worse) == 2
+
+
 def test_claims_about_another_model_are_not_held_against_this_one(extracted, tmp_path):
     base, tuned, adapter = extracted
     assert not verify(base, base, adapter, options=CPU).claims
