@@ -127,6 +127,7 @@ def _fill(
                 read += batch.ids.numel()
                 if progress:
                     progress(Step(done, len(parts), 0, read, tokens * len(groups), read))
-        for name in list(sums.matrices):
-            write_part(parts[name], sums.matrices.pop(name).cpu())
+        matrices = sums.finished()
+        for name in list(matrices):
+            write_part(parts[name], matrices.pop(name).cpu())
         done += len(group)

@@ -69,6 +69,8 @@ def extract(
         "tuned": identify_source(sources.tuned),
         "options": {**options.identity(), "calibration": _digest(options.calibration)},
     }
+    if moments:
+        _check_moments(moments, sources, identity)
     inputs = [sources.base.root, sources.tuned.root]
     with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
         runner = Runner(options, devices, progress)
@@ -82,6 +84,19 @@ def extract(
         reports = write_adapters(assembly, staging.path / "built", labels=label_amounts(options.ranks))
         staging.commit(staging.path / "built")
     return reports
+
+
+def _check_moments(moments: Moments, sources: Sources, identity: dict[str, Any]) -> None:
+    """Refuse second moments of other layers, and note those of another model."""
+    if not {module.name for module in sources.modules} & set(moments.names):
+        message = (
+            f"'{moments.path}' has moments of none of the matrices to extract: calibrate {sources.base.ref} itself."
+        )
+        raise PairingError(message)
+    measured = moments.about["model"]
+    if measured.get("files") not in (identity["base"]["files"], identity["tuned"]["files"]):
+        note = f"the inputs were measured on {measured.get('ref')}, neither the base nor the tuned model"
+        sources.plan.notes.append(note)
 
 
 def _refuse_equal(sources: Sources, rows: dict[str, Any]) -> None:

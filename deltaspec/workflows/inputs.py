@@ -23,6 +23,7 @@ from deltaspec.workflows.models import run_model
 from deltaspec.workflows.texts import Batch
 
 ROWS = 4096  # inputs turned to float64 at once
+ENOUGH = 256  # inputs that are worth a pass over S
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,9 +134,10 @@ class Sums:
     """S of some layers, upper triangles in float64, growing with each input."""
 
     def __init__(self, layers: list[Layer], aliases: dict[str, str], *, device: torch.device) -> None:
-        self.matrices = {
+        self._matrices = {
             layer.name: torch.zeros(layer.d_in, layer.d_in, dtype=torch.float64, device=device) for layer in layers
         }
+        self._waiting: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
         self.batch: Batch | None = None
         self._aliases, self._last = aliases, dict[str, weakref.ref[Tensor]]()
         self._library = find_openblas() if device.type == "cpu" else None
@@ -151,15 +153,32 @@ class Sums:
                 raise RunError(message)
             return
         self._last[layer.name] = weakref.ref(x)
-        matrix, rows = self.matrices[layer.name], x.reshape(-1, layer.d_in)
+        rows, waiting = x.reshape(-1, layer.d_in), self._waiting[layer.name]
         for start in range(0, len(rows), ROWS):
-            block = rows[start : start + ROWS].to(torch.float64).contiguous()
+            block = rows[start : start + ROWS].to(torch.float64, copy=True)
             if not bool(torch.isfinite(block.sum())):
                 raise self._broken(layer, x)
-            if self._library:
-                self._library.add_gram(matrix.numpy(), block.numpy(), of_columns=True)
-            else:
-                matrix.addmm_(block.mT, block)
+            waiting.append(block)
+            if sum(map(len, waiting)) >= ENOUGH:
+                self._sum(layer.name)
+
+    def finished(self) -> dict[str, Tensor]:
+        """Return S of each layer that is no alias, (d_in, d_in), the upper triangle."""
+        for name in self._matrices:
+            self._sum(name)
+        return self._matrices
+
+    def _sum(self, name: str) -> None:
+        """Add what waits: short inputs together, for each addition passes over all of S."""
+        matrix, waiting = self._matrices[name], self._waiting[name]
+        if not waiting:
+            return
+        block = torch.cat(waiting)
+        waiting.clear()
+        if self._library:
+            self._library.add_gram(matrix.numpy(), block.numpy(), of_columns=True)
+        else:
+            matrix.addmm_(block.mT, block)
 
     def _broken(self, layer: Layer, x: Tensor) -> NumericalError:
         """Name the layer, and the line of the first sequence whose input is not finite."""
