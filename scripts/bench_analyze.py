@@ -211,6 +211,17 @@ def reading_share(base: str, tuned: str) -> float:
     return reading / whole
 
 
+def write_tables(out: Path, rows: list[dict[str, object]], facts: dict[str, object]) -> None:
+    """Write rows as CSV and facts as JSON, and print the latter."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    out.with_suffix(".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(facts, indent=1, ensure_ascii=False))
+
+
 def main() -> None:
     """Run the comparison and write its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,13 +260,7 @@ def main() -> None:
             names=["deltaspec"],
         )
         facts["allowed peak above imports, MB"] = round((4 * 8 * 2816 * 1024 + 64 * 2**20) / 2**20)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    arguments.out.with_suffix(".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps(facts, indent=1, ensure_ascii=False))
+    write_tables(arguments.out, rows, facts)
 
 
 if __name__ == "__main__":

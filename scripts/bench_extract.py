@@ -9,7 +9,6 @@ pair's adapter is also run: KL to the fine-tune on scripts/sre_sentences.txt.
 """
 
 import argparse
-import csv
 import json
 import math
 import shutil
@@ -19,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench_analyze import CACHE, ROOT, measure
+from bench_analyze import CACHE, ROOT, measure, write_tables
 
 LINEAR = r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|query|key|value|dense)\b"
 MAIN = "import sys; from deltaspec.cli.main import main; sys.argv[0] = 'deltaspec'; main()"
@@ -219,13 +218,7 @@ def main() -> None:
         "measure": said.measure,
         "tokens": said.tokens,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    arguments.out.with_suffix(".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    print(json.dumps(facts, indent=1, ensure_ascii=False))
+    write_tables(arguments.out, rows, facts)
 
 
 if __name__ == "__main__":

@@ -18,22 +18,9 @@ from deltaspec.errors import RunError
 from deltaspec.io import writer
 from deltaspec.options import AnalyzeOptions, ExtractOptions, RankOptions
 from deltaspec.workflows.extract import extract
-from tests.families import write
 
 COMMAND = [sys.executable, "-c", "from deltaspec.cli.main import main; main()", "extract"]
 OPTIONS = ExtractOptions(RankOptions(amounts=(16,)), analysis=AnalyzeOptions(device="cpu"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    generator = torch.Generator().manual_seed(0)
-    names = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(12) for p in "qkvo"]
-    base = {name: torch.randn(320, 320, generator=generator) for name in names}
-    tuned = {name: t + 0.01 * torch.randn(320, 320, generator=generator) for name, t in base.items()}
-    return [
-        str(write(folder / side, state, {"model_type": "llama"})) for side, state in (("base", base), ("tuned", tuned))
-    ]
 
 
 def pieces(folder):
