@@ -78,7 +78,9 @@ def _remarks(report: dict[str, Any]) -> list[str]:
     left = report["not_carried"]
     if left:
         share = sum(row["share"] or 0.0 for row in left)
-        lines = [f"Not carried: {len(left)} tensors, {100 * share:.3g} % of ‖Δ‖²."]
+        unknown = sum(row["share"] is None for row in left)
+        beyond = f", and what {unknown} hold beyond the base" if unknown else ""
+        lines = [f"Not carried: {len(left)} tensors, {100 * share:.3g} % of ‖Δ‖²{beyond}."]
         for row in left[:SHOWN]:
             part = "" if row["share"] is None else f"{100 * row['share']:.3g} %, "
             lines.append(f"  {printable(row['tensor'])} ({part}{printable(row['reason'])})")
@@ -92,10 +94,6 @@ def _remarks(report: dict[str, Any]) -> list[str]:
         parts.append(f"Stored whole (modules_to_save): {len(report['whole'])} tensors.")
     if report["budget"]:
         parts.append(_say_budget(report["budget"]))
-    empty = [row["matrix"] for row in report["matrices"] if not row["rank"]]
-    if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        parts.append(f"Rank 0, and so not in the adapter: {', '.join(map(printable, empty[:3]))}{more}.")
     noisy = [row for row in report["matrices"] if (row.get("rounding_share") or 0.0) > 0.1]
     if noisy:
         parts.append(

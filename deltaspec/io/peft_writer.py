@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ def write_adapter(
     dtype: str,
     rslora: bool = False,
     untied: Collection[str] = (),
+    loader: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Write an adapter into an existing folder, as plan_adapter lays it out; returns what was refused, with reasons.
 
@@ -48,7 +49,7 @@ def write_adapter(
     RunError
         If the folder cannot be written.
     """
-    plan = plan_adapter(modules, full, base=base, dtype=dtype, rslora=rslora, untied=untied)
+    plan = plan_adapter(modules, full, base=base, dtype=dtype, rslora=rslora, untied=untied, loader=loader)
     write_safetensors(folder / WEIGHTS[0], plan.entries, metadata=SAVED)
     with whole_file(folder / CONFIG) as stream:
         stream.write(json.dumps(plan.config, indent=2).encode())
@@ -63,6 +64,7 @@ def plan_adapter(
     dtype: str,
     rslora: bool = False,
     untied: Collection[str] = (),
+    loader: Mapping[str, Any] | None = None,
 ) -> AdapterPlan:
     """Lay out an adapter for PEFT, under the names of the running model and with a scaling of exactly 1.
 
@@ -80,6 +82,8 @@ def plan_adapter(
         Scale by α/√r instead of α/r.
     untied : collection of str
         Tensors that the embedding's factors must not serve, although the base ties them.
+    loader : mapping, optional
+        task_type and auto_mapping, where the base's config cannot tell them.
 
     Returns
     -------
@@ -92,7 +96,7 @@ def plan_adapter(
     bias = _settle_biases(targets, refused)
     saved, whole = plan_whole(full, layout, targets, refused)
     config = _config(targets, layout, saved=saved, rslora=rslora, bias=bias)
-    return AdapterPlan(config, list_factors(targets, STORED[dtype], bias=bias) + whole, refused)
+    return AdapterPlan({**config, **(loader or {})}, list_factors(targets, STORED[dtype], bias=bias) + whole, refused)
 
 
 def _config(targets: Sequence[Target], layout: Layout, *, saved: list[str], rslora: bool, bias: bool) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Assembly:
     rest: Rest
     spending: Spending | None
     identity: dict[str, Any]
+    loader: dict[str, Any] | None = None  # what says which class loads it, where the base's config cannot
 
     @cached_property
     def changed(self) -> list[ModulePair]:
@@ -69,17 +70,19 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
         base=assembly.sources.base,
         dtype=assembly.sources.dtype,
         rslora=form.rslora,
+        loader=assembly.loader,
         untied=[module.name for module in assembly.sources.modules if module.pairs[0].key.role == "lm_head"],
     )
     carried = {m.path for m in modules if m.read_bias and f"{m.path}.bias" not in refused and m.path not in refused}
     stored = {entry.name for entry in full} - refused.keys()
     left = [item for item in assembly.rest.leftovers if not _is_carried(item, carried, stored)]
-    left += [_refused(assembly, m, refused[m.path]) for m in assembly.changed if m.path in refused]
+    left += [_without(assembly, m, refused[m.path]) for m in assembly.changed if m.path in refused]
+    left += [_without(assembly, m, "the policy gives it no direction") for m in assembly.changed if not ranks[m.path]]
     modules = [module for module in modules if module.path not in refused]
     return write_report(assembly, folder, label=label, modules=modules, full=sorted(stored), left=left, refused=refused)
 
 
-def _refused(assembly: Assembly, module: ModulePair, reason: str) -> Leftover:
+def _without(assembly: Assembly, module: ModulePair, reason: str) -> Leftover:
     energy = sum(assembly.rows[str(pair.key)]["energy"] for pair in module.pairs)
     return Leftover(module.name, module.pairs[0].key.role, reason, energy)
 

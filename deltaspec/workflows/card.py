@@ -60,7 +60,7 @@ def write_report(
         "whole": list(full),
         "unchanged": assembly.rest.unchanged,
         "not_carried": _rows(left, refused, _total(assembly)),
-        "totals": _totals(assembly, matrices, folder, full),
+        "totals": _totals(assembly, matrices, folder, left),
         "grown": _grown(assembly, full),
         "budget": assembly.spending.report[label] if assembly.spending else None,
     }
@@ -111,14 +111,15 @@ def _totals(
     assembly: Assembly,
     matrices: Sequence[dict[str, Any]],
     folder: Path,
-    full: Sequence[str],
+    left: Sequence[Leftover],
 ) -> dict[str, Any]:
-    """Sum over all matrices; ``kept`` is the share of ‖Δ‖² of everything that changed, whole tensors included."""
+    """Sum over all matrices; ``kept`` is the share of ‖Δ‖² of everything that changed, also beside the factors."""
     energy = sum(row["energy"] for row in matrices)
     lost = sum(row["energy"] * row["error"] ** 2 for row in matrices)
     best = sum(row["energy"] * row["optimum"] ** 2 for row in matrices)
     total = _total(assembly)
-    whole = sum(item.energy or 0.0 for item in assembly.rest.leftovers if item.name in full)
+    gone = {item.name for item in left}
+    whole = sum(item.energy or 0.0 for item in assembly.rest.leftovers if item.name not in gone)
     file = folder / "adapter_model.safetensors"
     parameters = sum(math.prod(t.shape) for name, t in list_tensors(file)[0].items() if ".lora_" in name)
     return {

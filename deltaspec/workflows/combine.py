@@ -81,7 +81,11 @@ def combine(
         spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
         pieces = Pieces(staging.path / "factors")
         rows = runner.fill(make_jobs(sources, options, spending, None), pieces)
-        assembly = Assembly(sources, options, rows, pieces, _rest(total, rows), spending, identity)
+        if not any(row["energy"] for row in rows.values()) and not total.biases and not total.full:
+            message = f"The sum of {', '.join(index.ref for index in indexes)} is zero: there is nothing to write."
+            raise PairingError(message)
+        loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
+        assembly = Assembly(sources, options, rows, pieces, _rest(total, rows), spending, identity, loader)
         reports = write_adapters(assembly, staging.path / "built", labels=label_amounts(options.ranks))
         staging.commit(staging.path / "built")
     return reports

@@ -22,7 +22,7 @@ from deltaspec.store.pieces import Pieces
 from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.assemble import Assembly, write_adapters
 from deltaspec.workflows.factors import Job, factorise, memory_of
-from deltaspec.workflows.rest import measure_rest
+from deltaspec.workflows.rest import Rest, measure_rest
 from deltaspec.workflows.sources import Sources, open_sources
 from deltaspec.workflows.spend import Spending, spend
 
@@ -78,8 +78,8 @@ def extract(
         jobs = make_jobs(sources, options, spending, moments)
         pieces = Pieces(staging.path / "factors")
         rows = runner.fill(jobs, pieces)
-        _refuse_equal(sources, rows)
         rest = measure_rest(sources, rows, device=devices[0])
+        _refuse_equal(sources, options, rows, rest)
         assembly = Assembly(sources, options, rows, pieces, rest, spending, identity)
         reports = write_adapters(assembly, staging.path / "built", labels=label_amounts(options.ranks))
         staging.commit(staging.path / "built")
@@ -99,12 +99,14 @@ def _check_moments(moments: Moments, sources: Sources, identity: dict[str, Any])
         sources.plan.notes.append(note)
 
 
-def _refuse_equal(sources: Sources, rows: dict[str, Any]) -> None:
-    if any(row["energy"] for row in rows.values()):
+def _refuse_equal(sources: Sources, options: ExtractOptions, rows: dict[str, Any], rest: Rest) -> None:
+    others = [item.name for item in rest.leftovers if item.energy or item.whole]
+    if any(row["energy"] for row in rows.values()) or (others and options.form.extras != "none"):
         return
+    advice = f"what changed is '{others[0]}' and {len(others) - 1} more: pass --extras all" if others else ""
     message = (
-        f"No matrix that could get factors differs between {sources.base.ref} and {sources.tuned.ref}: there is "
-        "nothing to extract; check that the second is the fine-tune."
+        f"No matrix that could get factors differs between {sources.base.ref} and {sources.tuned.ref}: "
+        f"{advice or 'there is nothing to extract; check that the second is the fine-tune'}."
     )
     raise PairingError(message)
 

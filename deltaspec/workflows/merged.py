@@ -10,6 +10,7 @@ from torch import Tensor
 
 from deltaspec.errors import NumericalError
 from deltaspec.io.matrix import StoredMatrix, open_matrix, read_low_rank, read_tensor
+from deltaspec.linalg.truncated import truncate_product
 from deltaspec.merging.apply import Loss, Rows, merge_block, merge_rows, row_blocks
 from deltaspec.pairing.modules import row_ids
 from deltaspec.types import MatrixKey, MatrixSource, Shape, TensorSpec, View
@@ -107,6 +108,8 @@ def _update_of(part: Part) -> Rows:
     factors = [read_low_rank(source) for source in part.factors]
     lora_A = torch.cat([torch.zeros(0, part.view.shape[1], dtype=torch.float64), *(f.lora_A for f in factors)])
     lora_B = torch.cat([torch.zeros(part.view.shape[0], 0, dtype=torch.float64), *(f.lora_B for f in factors)], dim=1)
+    if len(factors) > 1 and not truncate_product(lora_B, lora_A, rank=1).singular_values.numel():
+        lora_A, lora_B = lora_A[:0], lora_B[:, :0]  # they cancel: what is left is rounding
     return lambda start, stop: lora_B[start:stop] @ lora_A
 
 

@@ -61,7 +61,7 @@ def measure_rest(sources: Sources, rows: Mapping[str, dict[str, Any]], *, device
     for module in sources.modules:
         grown = grown_rows(module.pairs[0])
         if grown:
-            name = f"{module.name} (rows {grown[0]} to {grown[1]})"
+            name = f"{module.name} (rows {grown[0]} to {grown[1] - 1})"
             rest.leftovers.append(Leftover(name, module.pairs[0].key.role, "rows that the base lacks", None))
         if not any(rows[str(pair.key)]["energy"] for pair in module.pairs):
             rest.unchanged.append(module.name)
@@ -71,7 +71,7 @@ def measure_rest(sources: Sources, rows: Mapping[str, dict[str, Any]], *, device
         if str(pair.key) not in homes and pair.key.tensor not in inside:
             _add(rest, pair, sources.left.get(pair.key.tensor, "left out"), device)
     for vector in sources.plan.vectors:
-        _add_vector(rest, vector)
+        _add_vector(rest, vector, inside={module.path for module in sources.modules})
     for row in sources.plan.skipped:
         _add_skipped(rest, sources, row["tensor"], row["reason"])
     return rest
@@ -106,7 +106,7 @@ def change_of(vector: VectorPair) -> torch.Tensor:
     return tuned - read_tensor(vector.base).to(torch.float64).reshape(-1)[: vector.rows]
 
 
-def _add_vector(rest: Rest, vector: VectorPair) -> None:
+def _add_vector(rest: Rest, vector: VectorPair, *, inside: set[str]) -> None:
     name, energy = vector.key.tensor, float(change_of(vector).square().sum())
     if energy != energy or energy == float("inf"):
         message = (
@@ -118,7 +118,8 @@ def _add_vector(rest: Rest, vector: VectorPair) -> None:
         rest.unchanged.append(name)
         return
     whole = vector.tuned if vector.scaling is None else None
-    reason = "a bias: --extras bias" if vector.key.role == "bias" else f"a {vector.key.role}: --extras all"
+    beside = name.removesuffix(".bias") in inside
+    reason = f"a {vector.key.role}: --extras {'bias' if beside else 'all'}"
     rest.leftovers.append(Leftover(name, vector.key.role, reason, energy, whole))
     if vector.key.role == "bias" and vector.rows is None:
         rest.biases[name] = partial(change_of, vector)

@@ -219,6 +219,6 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     lost, best = sum(row["residual"] for row in rows), sum(row["energy"] * row["optimum"] ** 2 for row in rows)
     return {
         "matrices": len(rows),
-        "error": math.sqrt(lost / energy) if energy else 0.0,
+        "error": math.sqrt(lost / energy) if energy else math.inf if lost else 0.0,
         "optimum": math.sqrt(best / energy) if energy else 0.0,
     }

@@ -75,7 +75,9 @@ def fine_tune(name: str, folder: Path, changed: str, *, rank: int = 3, scale: fl
     base, before = save(name, folder / "base")
     generator = torch.Generator().manual_seed(5)
     after = {
-        key: (t.double() + scale * low_rank(tuple(t.shape), rank, generator)).to(t.dtype) if re.search(changed, key) else t
+        key: (t.double() + scale * low_rank(tuple(t.shape), rank, generator)).to(t.dtype)
+        if re.search(changed, key)
+        else t
         for key, t in before.items()
     }
     return Pair(base, write(folder / "tuned", after, config_of(base)), before, after)

@@ -19,6 +19,7 @@ from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.dense import pair_checkpoints
 from deltaspec.workflows.analyze import analyze
 from deltaspec.workflows.extract import extract
+from deltaspec.workflows.verify import verify
 from tests.families import FAMILIES, random_state, write
 
 CPU = AnalyzeOptions(device="cpu", workers=1)
@@ -270,3 +271,36 @@ def test_a_matrix_with_nan_stops_the_adapter_by_name_and_keeps_the_rest(tmp_path
         extract(base, tuned, tmp_path / "out", options=ExtractOptions(analysis=CPU))
     (report,) = extract(base, tuned, tmp_path / "out", options=ExtractOptions(analysis=left_out)).values()
     assert "model.layers.1.mlp.up_proj.weight" in {row["tensor"] for row in report["not_carried"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"), [("encoder.layer.0.attention.self.query.bias", "bias"), ("LayerNorm", "all")]
+)
+def test_a_fine_tune_of_biases_or_norms_alone_is_an_adapter_too(name, extras, tmp_path):
+    family = FAMILIES["bert"]
+    state = random_state(family)
+    changed = next(key for key in state if name in key)
+    pair = [write(tmp_path / side, state, family.config) for side in ("base", "tuned")]
+    write(pair[1], {**state, changed: state[changed] + 0.5}, family.config)
+    with pytest.raises(PairingError, match=f"{re.escape(changed)}.*--extras"):
+        extract(*pair, tmp_path / "none", options=ExtractOptions(analysis=CPU))
+    options = ExtractOptions(form=FormOptions(extras=extras), analysis=CPU)
+    (report,) = extract(*pair, tmp_path / "out", options=options).values()
+    assert report["totals"]["kept"] == pytest.approx(1)
+    assert not report["not_carried"]
+    assert all(row["right"] for row in verify(*pair, tmp_path / "out", options=CPU).rest)
+
+
+def test_matrices_that_a_budget_leaves_out_are_listed_with_their_share(tmp_path):
+    base, tuned = noisy_pair(tmp_path)
+    options = ExtractOptions(RankOptions("params", (600,)), analysis=CPU)
+    (report,) = extract(base, tuned, tmp_path / "out", options=options).values()
+    empty = {row["matrix"] for row in report["matrices"] if not row["rank"]}
+    left = {row["tensor"]: row for row in report["not_carried"]}
+    assert empty
+    assert empty <= left.keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"`{name}`" in card for name in left)
+    cut = sum(row["error"] ** 2 * row["energy"] for row in report["matrices"] if row["rank"])
+    total = sum(row["energy"] for row in report["matrices"]) / report["totals"]["share_in_matrices"]
+    assert report["totals"]["kept"] + cut / total + sum(row["share"] for row in left.values()) == pytest.approx(1)

@@ -142,3 +142,27 @@ def test_biases_and_whole_tensors_go_along_when_an_adapter_is_resized(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in kept)
     with pytest.raises(PairingError, match="whole"):
         combine([(tmp_path / "all", 0.5)], tmp_path / "half", options=replace(smaller))
+
+
+def test_adapters_that_cancel_are_no_adapter_and_change_nothing(extracted, tmp_path):
+    base, _, adapter = extracted
+    with pytest.raises(PairingError, match="is zero"):
+        combine([(adapter, 1.0), (adapter, -1.0)], tmp_path / "none", options=ExtractOptions(analysis=CPU))
+    report = merge(base, [(adapter, 1.0), (adapter, -1.0)], tmp_path / "merged")
+    assert report.remark() == ""
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_factors_for_a_change_that_is_not_there_are_infinitely_wrong(extracted):
+    base, _, adapter = extracted
+    found = verify(base, base, adapter, options=CPU)
+    assert found.totals["error"] == np.inf
+    assert {row["error"] for row in found.rows} == {np.inf}
+
+
+def test_a_resized_adapter_loads_by_the_class_that_it_came_from(extracted, tmp_path):
+    config = json.loads((extracted[2] / "adapter_config.json").read_text())
+    combine([(extracted[2], 1.0)], tmp_path / "small", options=ExtractOptions(RankOptions(amounts=(2,)), analysis=CPU))
+    assert config["task_type"] == "CAUSAL_LM"
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
