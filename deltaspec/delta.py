@@ -162,18 +162,17 @@ class _Tally:
         changed = block.sign().abs_().sum(axis)  # a count of floats: half the time of count_nonzero
         self.changed += changed.sum()
         self.grids = [grid for grid in self.grids if lies_on(after, grid=grid)]
-        squares = [_binades(self.tuned, span, after, axis=1 - axis, dtype=block.dtype).square_()]
+        squares = [_binades(self.tuned, span, after, axis=1 - axis).square_()]
         if self.base:
             values = _read(self.base, span, self.shape, block.device)
             unit = 2.0 ** -GRIDS[self.base.dtype].mantissa
-            powers = _binades(self.base, span, values, axis=1 - axis, dtype=block.dtype)
-            squares.append(powers.mul_(unit).square_())
+            squares.append(_binades(self.base, span, values, axis=1 - axis).mul_(unit).square_())
         touched = changed > 0  # an untouched row or column was never rounded
         for side, square in enumerate(squares):
             if not bool(touched.all()):
                 square *= touched.unsqueeze(axis)
             self.across[side] += square.sum(1 - axis)
-        self.along.append(torch.stack([square.sum(axis).double() for square in squares]))
+        self.along.append(torch.stack([square.sum(axis) for square in squares]))
 
     def result(self) -> Rounding:
         """Close the count, with the spacing of the coarsest grid that all tuned values lie on."""
@@ -193,9 +192,9 @@ class _Tally:
         )
 
 
-def _binades(stored: StoredMatrix, span: slice, values: Tensor, *, axis: int, dtype: torch.dtype) -> Tensor:
-    """2^⌊log₂|w|⌋ of stored numbers, times their scale where they are quantised."""
+def _binades(stored: StoredMatrix, span: slice, values: Tensor, *, axis: int) -> Tensor:
+    """2^⌊log₂|w|⌋ of stored numbers, times their scale where they are quantised; float64."""
     if not stored.scaled:
-        return binade(values, dtype=stored.dtype).to(dtype)
+        return binade(values, dtype=stored.dtype).double()
     codes, scale = stored.codes(span, axis=axis)
     return binade(codes.to(values.device), dtype=stored.dtype).double().mul_(scale.to(values.device))

@@ -94,6 +94,9 @@ def _remarks(report: dict[str, Any]) -> list[str]:
         parts.append(f"Stored whole (modules_to_save): {len(report['whole'])} tensors.")
     if report["budget"]:
         parts.append(_say_budget(report["budget"]))
+    if report["label"] == "above-rounding":
+        whole = sum(row["rank"] == min(row["shape"]) for row in report["matrices"])
+        parts += [f"In {whole} matrices rounding explains no direction, so all are kept."] if whole else []
     noisy = [row for row in report["matrices"] if (row.get("rounding_share") or 0.0) > 0.1]
     if noisy:
         parts.append(

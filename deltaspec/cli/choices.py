@@ -13,7 +13,7 @@ from deltaspec.options import DTYPES, EXTRAS, TARGETS, FormOptions, RankOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
-NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgb]?)b?", re.IGNORECASE)
+NUMBER = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*([kmgb]?)b?", re.IGNORECASE)
 POLICY_HELP = {
     "rank": "This many directions of every matrix; 8,16,64 writes three adapters.",
     "energy": "Fewest directions that keep this share of ‖ΔW‖², matrix by matrix.",
@@ -78,8 +78,9 @@ def parse_ranks(given: dict[str, Any], *, fallback: str = "") -> RankOptions:
     if not named and fallback:
         named = {"rank": fallback}
     if len(named) != 1:
+        known = ", ".join(f"--{name}" for name in texts)
         found = " and ".join(f"--{name.replace('_', '-')}" for name in named) or "none"
-        message = f"Pass one of --rank, --energy, --error, …: found {found}."
+        message = f"Pass one of {known}: found {found}."
         raise OptionError(message)
     name, text = next(iter(named.items()))
     amounts = tuple(_number(piece, flag=name) for piece in text.split(","))

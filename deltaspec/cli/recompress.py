@@ -17,12 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def common_options(function: F) -> F:
-    """Add -o, --device, --overwrite, --json and --quiet."""
+    """Add -o, --base, --device, --overwrite, --json and --quiet."""
     for option in (
         click.option("--quiet", is_flag=True, help="No progress."),
         click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object."),
         click.option("--overwrite", is_flag=True, help="Replace an adapter that is there."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or a list."),
+        click.option("--base", metavar="BASE", help="The base model; needed for files in kohya's naming."),
         click.option("-o", "--out", type=click.Path(), required=True, help="The new adapter's folder."),
     ):
         function = option(function)
@@ -33,6 +34,7 @@ def recompress(
     given: Sequence[str],
     options: ExtractOptions,
     *,
+    base: str | None,
     out: str,
     device: str,
     overwrite: bool,
@@ -47,7 +49,7 @@ def recompress(
 
     adapters = [parse_adapter(text) for text in given]
     with stoppable(), Progress(quiet=quiet) as progress:
-        reports = combine(adapters, out, options=options, overwrite=overwrite, progress=progress)
+        reports = combine(adapters, out, base=base, options=options, overwrite=overwrite, progress=progress)
     click.echo(json.dumps(reports, ensure_ascii=False) if as_json else render_reports(reports))
     if not as_json:
         click.echo(f"\nAdapter: {out}")

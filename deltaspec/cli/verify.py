@@ -6,6 +6,7 @@ import json
 import sys
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -50,18 +51,23 @@ def verify(
     with stoppable():
         with Progress(quiet=quiet) as progress:
             found = run_verification(base, tuned, adapter, options=options, progress=progress)
-        said = _divergence(base, tuned, adapter, text, field=field, tokens=tokens, device=options.device.split(",")[0])
+        settings = TextOptions(field=field, tokens=tokens, device=options.device.split(",")[0])
+        said = _divergence(base, tuned, adapter, text, options=settings, quiet=quiet)
     click.echo(json.dumps({**asdict(found), "divergence": said}) if as_json else _render(found, said))
     if found.worse or found.missing:
         sys.exit(1)
 
 
-def _divergence(base: str, tuned: str, adapter: str, text: str | None, **settings: Any) -> dict[str, Any] | None:
+def _divergence(
+    base: str, tuned: str, adapter: str, text: str | None, *, options: TextOptions, quiet: bool
+) -> dict[str, Any] | None:
+    """Run the three models, and say on stderr which one."""
     if text is None:
         return None
     from deltaspec.workflows.divergence import divergence
 
-    return asdict(divergence(base, tuned, adapter, text, options=TextOptions(**settings)))
+    tell = None if quiet else partial(click.echo, err=True)
+    return asdict(divergence(base, tuned, adapter, text, options=options, progress=tell))
 
 
 def _render(found: Any, said: dict[str, Any] | None) -> str:

@@ -13,7 +13,6 @@ from deltaspec.linalg.svd import Blocks
 from deltaspec.types import LowRankDelta, Truncation
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-STORED_NAMES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 Factors = tuple[Tensor, Tensor]  # lora_A (r, d_in), lora_B (d_out, r), of a scaling of 1
 
 

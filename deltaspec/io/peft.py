@@ -70,6 +70,12 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
         name: _pair(found, module=name, config=config, path=path)
         for name, found in sorted(_name_parameters(factors, config, path=path).items())
     }
+    if alone := sorted(biases.keys() - modules.keys()):
+        message = (
+            f"Cannot use '{biases[alone[0]].name}' in '{folder / name}': expected lora_A and lora_B beside it, found "
+            "none; save the adapter again."
+        )
+        raise CheckpointError(message)
     base = config.get("base_model_name_or_path")
     return AdapterIndex(
         ref, folder, (folder / name,), modules, full, biases, base if isinstance(base, str) else "", config
@@ -123,6 +129,12 @@ def _name_parameters(
         for depth, key in nest.items():
             named[f"{module}.{order[depth]}" if order else key] = factors[key]
     return named
+
+
+def is_parameter(path: str, config: dict[str, Any]) -> bool:
+    """Tell whether factors of this name are those of a parameter that target_parameters lists, not of a module."""
+    module, _, leaf = path.rpartition(".")
+    return leaf in _leaves(module, config.get("target_parameters") or [])
 
 
 def _leaves(module: str, listed: list[str]) -> set[str]:

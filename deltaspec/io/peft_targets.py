@@ -39,13 +39,22 @@ class Target:
         return self.parameter.rpartition(".")[0] if self.parameter else self.module.path
 
 
+@dataclass(frozen=True, slots=True)
+class StandIn(Checkpoint):
+    """What an adapter says of its base: names are the running model's, ``parameters`` those of target_parameters."""
+
+    parameters: frozenset[str] = frozenset()
+
+
 class Layout:
-    """The running model of a base, as far as its stored names tell it."""
+    """The running model of a base, as far as its stored names tell it, or of a stand-in, whose names stay."""
 
     def __init__(self, base: Checkpoint, untied: Collection[str] = ()) -> None:
         """Place every tensor of the base; ``untied`` are heads that its embedding shall not serve."""
         self.base = base
-        self.places = place_tensors(base.tensors, base.config)
+        self.literal = base.parameters if isinstance(base, StandIn) else None
+        names = base.tensors
+        self.places = place_tensors(names, base.config) if self.literal is None else {n: (Place(n),) for n in names}
         self.running = {place.name: name for name, places in self.places.items() for place in places}
         self.modules = {m for name in self.running for m in _ancestors(name)}
         self.apart = {p.name.removesuffix(".weight") for n in untied for p in self.place(n)}
@@ -54,11 +63,14 @@ class Layout:
     def place(self, path: str) -> tuple[Place, ...]:
         """Return where a tensor lies, given its name or the path of the module whose weight it is."""
         name = path if path in self.places or path.endswith((".weight", ".bias")) else f"{path}.weight"
+        if self.literal is not None:
+            return (Place(path if path in self.literal else name),)
         return self.places.get(name) or place_tensors([name], self.base.config)[name]
 
     def uses(self, path: str) -> list[tuple[str, str]]:
         """List the modules, with their kinds, that share the weight of an embedding."""
-        return [use for use in list_tied(self.base, path, self.running) if use[0] not in self.apart]
+        tied = list_tied(self.base, path, self.running) if self.literal is None else ()
+        return [use for use in tied if use[0] not in self.apart]
 
 
 def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list[Target], dict[str, str]]:
@@ -89,12 +101,14 @@ def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list
     for target in [target for target in found if target.module.kind == "embedding"]:
         uses = [use for use in layout.uses(target.module.path) if use[0] not in given]
         found += [replace(target, module=replace(target.module, path=path, kind=kind)) for path, kind in uses]
-        if SHARED.fullmatch(target.module.path):
+        if SHARED.fullmatch(target.module.path) and layout.literal is None:
             found.remove(target)
     return found, refused
 
 
 def _unfit(module: AdapterModule, layout: Layout) -> str:
+    if layout.literal is not None:
+        return ""
     if module.kind == "conv" and module.kernel[:1] == (1,) and module.shape[0] > 1:
         return "its kernel has one input channel: a grouped convolution, whose factors PEFT lays out otherwise"
     if module.kind == "conv" and STRIDED.search(module.path):
@@ -118,6 +132,8 @@ def _target(module: AdapterModule, place: Place, layout: Layout) -> Target:
         return Target(replace(module, path=name), (path,), name, swapped)
     plain = name.removesuffix(".weight")
     by_parameter = not name.endswith(".weight") or (module.kind == "linear" and layout.stacked and TAKEN.search(plain))
+    if layout.literal is not None:
+        by_parameter = path in layout.literal
     return Target(replace(module, path=plain), (path,), name if by_parameter else "")
 
 

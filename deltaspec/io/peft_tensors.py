@@ -131,7 +131,7 @@ def _spread(full: Sequence[Entry], layout: Layout) -> dict[str, Entry]:
             if use.endswith(".decoder") and parent in layout.running and f"{use}.bias" not in given:
                 stored = layout.running[parent]
                 given[f"{use}.bias"] = given.get(parent) or _of_base(stored, layout)
-        if SHARED.fullmatch(path):
+        if SHARED.fullmatch(path) and layout.literal is None:
             del given[name]
     return given
 

@@ -16,7 +16,7 @@ from typing import Any
 from deltaspec.errors import RunError
 from deltaspec.io.writer import unwritten
 
-OURS = ("adapter_config.json", "deltaspec.json", "config.json", "*.safetensors")
+MARK = "deltaspec.json"  # in every folder that deltaspec wrote
 ASIDE = "replaced"  # inside the working folder: what stood at out until the commit
 
 
@@ -30,7 +30,8 @@ class Staging:
     identity : dict
         Plain data that decides the result. The same work finds its folder again after a kill, a process at a time.
     overwrite : bool
-        Whether ``out`` may be there already; only a model's or adapter's folder, or a .safetensors file, is replaced.
+        Whether ``out`` may be there already; only an empty folder, one that deltaspec wrote and a .safetensors file
+        are replaced.
     inputs : sequence of Path
         What is read meanwhile: ``out`` may neither be one of them nor hold one.
 
@@ -112,7 +113,9 @@ class Staging:
         elif any(place.is_relative_to(self.out) for place in kept):
             why = "it is or holds an input, the working folder or your home; pass another name"
         elif not _replaceable(self.out):
-            why = f"it is not deltaspec's to replace, with none of {', '.join(OURS)} in it; pass another name"
+            why = (
+                f"it is not deltaspec's to replace, without {MARK} in it and in each of its folders; pass another name"
+            )
         if why:
             message = f"Cannot write '{self.out}': {why}."
             raise RunError(message)
@@ -121,7 +124,14 @@ class Staging:
 def _replaceable(out: Path) -> bool:
     if out.is_file():
         return out.suffix == ".safetensors"
-    return not any(out.iterdir()) or any(next(out.glob(pattern), None) for pattern in OURS)
+    inside = list(out.iterdir())
+    folders = [path for path in inside if path.is_dir()]
+    marked = (out / MARK).is_file() or len(folders) == len(inside)  # one folder for each of several adapters
+    return marked and all((folder / MARK).is_file() and not _holds_folders(folder) for folder in folders)
+
+
+def _holds_folders(folder: Path) -> bool:
+    return any(path.is_dir() for path in folder.iterdir())
 
 
 def _lives(pid: Path) -> bool:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -55,33 +55,6 @@ def write_safetensors(path: Path, entries: Sequence[Entry], *, metadata: dict[st
         return stream.tell()
 
 
-def write_sharded(
-    folder: Path, files: Mapping[str, Sequence[Entry]], *, index: str = INDEX, metadata: dict[str, str] | None = None
-) -> int:
-    """Write several files and the index that says which tensor lies where; returns the bytes of all tensors.
-
-    Parameters
-    ----------
-    folder : Path
-    files : mapping
-        File name, relative to the folder → what it holds.
-    index : str
-        Name of the index.
-    metadata : dict of str, optional
-        Of each file.
-
-    Raises
-    ------
-    RunError, CheckpointError
-        As write_safetensors; also if a file name leads out of the folder.
-    """
-    for name in files:
-        check_inside(name, folder=folder)
-    for name, entries in files.items():
-        write_safetensors(folder / name, entries, metadata=metadata)
-    return write_index(folder / index, files)
-
-
 def write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> int:
     """Write the ``index.json`` of some files; returns the bytes of all tensors."""
     total = sum(
@@ -92,20 +65,6 @@ def write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> int:
     with whole_file(path) as stream:
         stream.write(json.dumps(content, indent=2).encode())
     return total
-
-
-def check_inside(name: str, *, folder: Path) -> None:
-    """Refuse a file name that leads out of its folder, on any system.
-
-    Raises
-    ------
-    CheckpointError
-        Naming it.
-    """
-    path = PureWindowsPath(name)
-    if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
-        message = f"Cannot write {name!r} into '{folder}': expected a name inside that folder; rename the shard."
-        raise CheckpointError(message)
 
 
 @contextmanager

@@ -45,8 +45,12 @@ class RankOptions:
             message = f"policy is '{self.policy}': expected one of {', '.join(POLICIES)}."
             raise OptionError(message)
         flag = f"--{self.policy.replace('_', '-')}"
+        if not isinstance(self.amounts, tuple):
+            message = f"amounts is {self.amounts!r}: expected a tuple, such as (16,)."
+            raise OptionError(message)
         if not self.amounts or len(set(self.amounts)) < len(self.amounts):
-            message = f"{flag} is {','.join(map(str, self.amounts)) or 'empty'}: expected numbers, each once."
+            given = ",".join(f"{amount:g}" for amount in self.amounts) or "empty"
+            message = f"{flag} is {given}: expected numbers, each once."
             raise OptionError(message)
         for amount in self.amounts:
             share = self.policy in ("energy", "error")
@@ -94,6 +98,9 @@ class FormOptions:
             if getattr(self, name) not in known:
                 message = f"--{name} is '{getattr(self, name)}': expected {', '.join(known)}."
                 raise OptionError(message)
+        if self.target != "peft" and self.split_fused:
+            message = f"--split-fused makes ranks differ, and {self.target} loads one rank: pass --target peft."
+            raise OptionError(message)
         if self.target != "peft" and self.extras != "none":
             message = f"--extras {self.extras} needs --target peft: {self.target} loads factors of linear layers only."
             raise OptionError(message)

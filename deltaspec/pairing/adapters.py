@@ -131,6 +131,28 @@ def _pair_biases(
             plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=tuned.modules[path].scaling))
 
 
+def pair_split_biases(base: Checkpoint, tuned: AdapterIndex) -> list[tuple[VectorPair, int]]:
+    """Pair an adapter's biases of modules that are blocks of rows of one module of the base.
+
+    Returns
+    -------
+    list of (VectorPair, int)
+        Each with the base's bias, if it has one, and the row at which the adapter's own begins.
+    """
+    found = []
+    homes = find_homes(base, [*tuned.full, *tuned.modules], Plan()) if tuned.biases else {}
+    for path in sorted(tuned.biases.keys() & homes.keys(), key=natural_order):
+        bias, (stored, place) = tuned.biases[path], homes[path][0]
+        name = f"{stored.removesuffix('.weight')}.bias"
+        whole = base.tensors.get(name)
+        if place.parts == 1 or place.expert is not None:
+            continue
+        if whole is None or whole.shape == (place.parts * bias.shape[0],):
+            pair = VectorPair(MatrixKey(name, role="bias"), whole, bias, scaling=tuned.modules[path].scaling)
+            found.append((pair, place.part * bias.shape[0]))
+    return found
+
+
 def _tied_embedding(name: str, shape: tuple[int, int], known: Identification) -> str | None:
     """Name the base's embedding where ``name`` is of a head or embedding that the base does not store apart from it."""
     if not name.endswith((*HEAD_NAMES, "vocab_projector.weight", "embed_tokens.weight")):

@@ -80,10 +80,12 @@ def _skip_early(
     settled = set()
     for name in sorted(base.tensors, key=natural_order):
         spec = base.tensors[name]
-        reason = "" if chosen(name, options) else "left out by --include or --exclude"
-        reason = reason or unreadable(spec)
-        if not reason and name in mapping:
-            reason = unreadable(tuned.tensors[mapping[name]])
+        other = tuned.tensors.get(mapping.get(name, ""))
+        reason = unreadable(spec) or (unreadable(other) if other else "")
+        if not chosen(name, options):
+            if other and not reason:
+                plan.excluded[name] = (spec, other)
+            reason = "left out by --include or --exclude"
         if reason:
             plan.skip(name, reason)
             settled.add(name)

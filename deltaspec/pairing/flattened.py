@@ -14,6 +14,11 @@ COMPONENT = re.compile(r"lora_[a-z0-9]+_")
 Paths = dict[str, dict[str, list[str]]]
 
 
+def is_flattened(adapter: AdapterIndex) -> bool:
+    """Tell whether all modules of an adapter have flattened names."""
+    return bool(adapter.modules) and all(COMPONENT.match(module) for module in adapter.modules)
+
+
 def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> AdapterIndex:
     """Give the modules of an adapter with flattened names their paths in the base; any other is returned as it is.
 
@@ -29,12 +34,12 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> Ad
     PairingError
         If the base has only some modules of a component, none at all, or two that a name may mean.
     """
+    if not is_flattened(adapter):
+        return adapter
     components: defaultdict[str, list[str]] = defaultdict(list)
     for module in adapter.modules:
         if match := COMPONENT.match(module):
             components[match[0]].append(module)
-    if not components or sum(map(len, components.values())) < len(adapter.modules):
-        return adapter
     paths = _flatten(base)
     found: dict[str, str] = {}
     for component, modules in components.items():

@@ -25,11 +25,15 @@ class VectorPair:
 
 @dataclass(slots=True)
 class Plan:
-    """Pairs to decompose, vectors to compare, tensors left out with their reason, and what was assumed."""
+    """Pairs to decompose, vectors to compare, tensors left out with their reason, and what was assumed.
+
+    ``excluded`` has both sides of those that only --include or --exclude keep out.
+    """
 
     pairs: list[WeightPair] = field(default_factory=list)
     vectors: list[VectorPair] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    excluded: dict[str, tuple[TensorSpec, TensorSpec]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     family: str = "generic"
 

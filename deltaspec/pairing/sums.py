@@ -77,7 +77,7 @@ def _fused(found: object) -> str:
 
 
 def _tensor(path: str, term: LowRankTerm) -> str:
-    return path if term.experts else f"{path}.weight"
+    return path if term.experts or path.endswith(".weight") else f"{path}.weight"
 
 
 def _places(term: LowRankTerm) -> tuple[tuple[int, int], Shape]:

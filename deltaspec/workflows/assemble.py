@@ -158,12 +158,19 @@ def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, T
 
 
 def _whole_entries(assembly: Assembly) -> list[Entry]:
-    """Tensors that changed and have no factors, with the other tensors of their modules, as modules_to_save stores."""
-    plan = assembly.sources.plan
+    """Tensors that changed and have no factors, with the other tensors of their modules, as modules_to_save stores.
+
+    Left out are tensors with scales, which only their module could read, and what lies beside factors in one module.
+    """
+    plan, modules = assembly.sources.plan, assembly.sources.modules
     stored = {item.name: item.whole for item in assembly.rest.leftovers if item.whole is not None}
     known = {vector.key.tensor: vector.tuned for vector in plan.vectors if vector.scaling is None}
     known |= {p.key.tensor: p.tuned.spec for p in plan.pairs if isinstance(p.tuned, MatrixSource)}
-    factored = {module.path for module in assembly.sources.modules}
-    wanted = {name.rpartition(".")[0] for name in stored} - factored
+    wanted = {name.rpartition(".")[0] for name in stored}
+    wanted -= {path for path in wanted if any(f"{module.path}.".startswith(f"{path}.") for module in modules)}
     chosen = {name: spec for name, spec in (known | stored).items() if name.rpartition(".")[0] in wanted}
-    return [Entry(name, spec.shape, spec.dtype, partial(read_tensor, spec)) for name, spec in chosen.items()]
+    return [
+        Entry(name, spec.shape, spec.dtype, partial(read_tensor, spec))
+        for name, spec in chosen.items()
+        if spec.scale is None
+    ]

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltaspec.io.peft_targets import Layout
 from deltaspec.io.shards import list_tensors
 from deltaspec.types import AdapterModule
 
@@ -55,19 +56,24 @@ def write_report(
         "deltaspec": version("deltaspec"),
         "label": label,
         **_provenance(assembly),
-        "modules": {m.path: {"rank": m.rank, "kind": m.kind, "bias": m.read_bias is not None} for m in modules},
+        "modules": {m.path: {"rank": m.rank, "kind": m.kind, "bias": _has_bias(m, refused)} for m in modules},
         "matrices": matrices,
         "whole": list(full),
         "unchanged": assembly.rest.unchanged,
         "not_carried": _rows(left, refused, _total(assembly)),
         "totals": _totals(assembly, matrices, folder, left),
         "grown": _grown(assembly, full),
+        "tied": _tied(assembly, modules),
         "budget": assembly.spending.report[label] if assembly.spending else None,
     }
-    text = json.dumps(report, indent=1, ensure_ascii=False)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "deltaspec.json").write_text(text, encoding="utf-8")
     (folder / "README.md").write_text(render_card(report), encoding="utf-8")
     return report
+
+
+def _has_bias(module: AdapterModule, refused: dict[str, str]) -> bool:
+    return module.read_bias is not None and f"{module.path}.bias" not in refused
 
 
 def _provenance(assembly: Assembly) -> dict[str, Any]:
@@ -78,6 +84,14 @@ def _provenance(assembly: Assembly) -> dict[str, Any]:
         "target": options.form.target,
         "notes": sources.plan.notes,
     }
+
+
+def _tied(assembly: Assembly, modules: Sequence[AdapterModule]) -> list[str]:
+    """Modules that share an embedding's weight, and so hold its factors too."""
+    heads = [module.name for module in assembly.sources.modules if module.pairs[0].key.role == "lm_head"]
+    layout = Layout(assembly.sources.base, heads)
+    paths = [layout.place(m.path)[0].name.removesuffix(".weight") for m in modules if m.kind == "embedding"]
+    return [use for path in paths for use, _ in layout.uses(path)]
 
 
 def _grown(assembly: Assembly, full: Sequence[str]) -> dict[str, int]:
@@ -121,7 +135,8 @@ def _totals(
     gone = {item.name for item in left}
     whole = sum(item.energy or 0.0 for item in assembly.rest.leftovers if item.name not in gone)
     file = folder / "adapter_model.safetensors"
-    parameters = sum(math.prod(t.shape) for name, t in list_tensors(file)[0].items() if ".lora_" in name)
+    factors = [t for name, t in list_tensors(file)[0].items() if ".lora_" in name and not name.endswith(".bias")]
+    parameters = sum(math.prod(factor.shape) for factor in factors)
     return {
         "matrices": len(matrices),
         "parameters": parameters,
@@ -205,6 +220,12 @@ def _advice(report: dict[str, Any]) -> list[str]:
     grown = [row["tensor"] for row in report["not_carried"] if row["reason"] == "rows that the base lacks"]
     if grown:
         lines += [f"The vocabulary grew: {', '.join(f'`{_cell(name)}`' for name in grown)} are not in the adapter.", ""]
+    if report["tied"]:
+        lines += [
+            f"{', '.join(f'`{_cell(name)}`' for name in report['tied'])} shares the embedding's weight and holds its "
+            "factors too. Do not call `merge_and_unload`: PEFT would add them twice; `deltaspec merge` adds them once.",
+            "",
+        ]
     if report["grown"]:
         rows = max(report["grown"].values())
         lines += [f"Before loading: `base_model.resize_token_embeddings({rows})`, for the vocabulary grew.", ""]

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from deltaspec.errors import PairingError
 from deltaspec.io.content import same_content
+from deltaspec.io.matrix import read_tensor
 from deltaspec.options import AnalyzeOptions
-from deltaspec.pairing.adapters import pair_adapter
+from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
 from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty
 from deltaspec.types import (
     AdapterIndex,
@@ -19,7 +20,16 @@ from deltaspec.types import (
     TensorSpec,
     WeightPair,
 )
-from deltaspec.workflows.effects import Change, Changes, Part, check_vocabulary, follow_ties, settle_heads
+from deltaspec.workflows.effects import (
+    Change,
+    Changes,
+    Part,
+    added_note,
+    check_vocabulary,
+    fold_shared,
+    follow_ties,
+    settle_heads,
+)
 
 
 def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, float]]) -> Changes:
@@ -46,16 +56,22 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
         for vector in plan.vectors:
             _add_vector(changes, vector, weight, adapter=adapter)
             used.add(vector.tuned)
+        split = pair_split_biases(base, adapter)
+        for vector, start in split:
+            _add_vector(changes, vector, weight, adapter=adapter, start=start)
         for note in plan.notes[:-1]:  # the last one counts what stays as it is
             changes.note(note)
+        mapped = {vector.key.tensor for vector, _ in split}
         for row in plan.skipped:
-            _note_skipped(changes, row, adapter)
+            if row["tensor"] not in mapped:
+                _note_skipped(changes, row, adapter)
         for name, spec in adapter.full.items():
             term = adapter.modules.get(name.removesuffix(".weight"))
             if term is not None:
                 _replace_beside(changes, plan, spec, term=term, weight=weight, adapter=adapter)
             elif spec not in used and name not in base.tensors:
                 _add_new(changes, name, spec, adapter=adapter)
+    fold_shared(changes, base)
     follow_ties(changes, base)
     settle_heads(changes)
     check_vocabulary(changes, base)
@@ -81,8 +97,13 @@ def _add_pair(
         raise _grown(change, adapter, "has factors for")
 
 
-def _add_vector(changes: Changes, pair: VectorPair, weight: float, *, adapter: AdapterIndex) -> None:
-    if pair.base is None or (pair.scaling is not None and pair.base.shape != pair.tuned.shape):
+def _add_vector(
+    changes: Changes, pair: VectorPair, weight: float, *, adapter: AdapterIndex, start: int | None = None
+) -> None:
+    """Take over a vector, or add an adapter's bias; from ``start`` on where it is of some of the base's rows."""
+    if pair.base is None and pair.scaling is not None and not bool(read_tensor(pair.tuned).any()):
+        return  # PEFT gives every targeted module a bias, zeros where nothing was to be learnt
+    if pair.base is None or (pair.scaling is not None and start is None and pair.base.shape != pair.tuned.shape):
         found = "which the base lacks" if pair.base is None else f"whose shape in the base is {pair.base.shape}"
         message = (
             f"Cannot merge {adapter.ref}: it changes '{pair.key.tensor}', {found}, by shape {pair.tuned.shape}; pass "
@@ -93,7 +114,7 @@ def _add_vector(changes: Changes, pair: VectorPair, weight: float, *, adapter: A
     if pair.scaling is None:
         _replace(change, pair.tuned, weight, adapter=adapter)
     else:
-        change.biases.append((pair.tuned, pair.scaling * weight))
+        change.biases.append((pair.tuned, pair.scaling * weight, start or 0))
 
 
 def _replace(change: Change, whole: TensorSpec, weight: float, *, adapter: AdapterIndex) -> None:
@@ -154,4 +175,4 @@ def _add_new(changes: Changes, name: str, spec: TensorSpec, *, adapter: AdapterI
             "different values; merge only one of them."
         )
         raise PairingError(message)
-    changes.note(f"'{name}' is not in the base and is added")
+    changes.note(added_note(name))

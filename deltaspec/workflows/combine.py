@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from deltaspec.engine.local import resolve_devices
-from deltaspec.errors import PairingError
+from deltaspec.errors import OptionError, PairingError
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.peft import is_parameter
+from deltaspec.io.peft_targets import StandIn
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
+from deltaspec.pairing.flattened import is_flattened, resolve_flattened
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
 from deltaspec.store.pieces import Pieces
@@ -35,6 +38,7 @@ def combine(
     adapters: Sequence[Weighted],
     out: str | Path,
     *,
+    base: str | Path | None = None,
     options: ExtractOptions | None = None,
     overwrite: bool = False,
     progress: Callable[[Step], None] | None = None,
@@ -47,6 +51,8 @@ def combine(
         LoRA folders, or files in kohya's naming, of one base; one alone is resized.
     out : str or Path
         The new adapter's folder, written whole or not at all.
+    base : str or Path, optional
+        The base model, which tells what kohya's names without dots mean.
     options : ExtractOptions, optional
         Ranks and form; a rank as large as the sum of the ranks loses nothing.
     overwrite : bool
@@ -65,23 +71,27 @@ def combine(
         If an adapter cannot be read, two have different shapes, or tensors stored whole do not add up.
     """
     options = options or ExtractOptions()
+    if options.ranks.weighted:
+        message = "--weighted needs the base's weights, which combine and resize do not read: leave it out, or extract."
+        raise OptionError(message)
     devices = resolve_devices(options.analysis.device, options.analysis.workers)
-    indexes = [_open(path) for path, _ in adapters]
+    named, plan = _open_base(base), Plan()
+    indexes = [_open(path, named, plan) for path, _ in adapters]
     total = sum_adapters(indexes, [weight for _, weight in adapters])
     made = [{"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)]
-    base = _base_of(indexes[0], total)
-    sources = Sources(
-        base, indexes[0], Plan(notes=total.notes), total.modules, {}, resolve_dtype(options.form.dtype, total.modules)
-    )
+    model = named or _base_of(indexes, total)
+    plan.notes += total.notes
+    dtype = resolve_dtype(options.form.dtype, total.modules)
+    sources = Sources(model, indexes[0], plan, total.modules, {}, dtype, options.form.target)
     options = replace(options, form=replace(options.form, extras="all" if options.form.target == "peft" else "none"))
-    identity = {"base": {"ref": base.ref}, "adapters": made, "options": options.identity()}
-    inputs = [index.root for index in indexes]
+    identity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
+    inputs = [index.root for index in indexes] + ([named.root] if named else [])
     with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
         runner = Runner(options, devices, progress)
         spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
         pieces = Pieces(staging.path / "factors")
         rows = runner.fill(make_jobs(sources, options, spending, None), pieces)
-        if not any(row["energy"] for row in rows.values()) and not total.biases and not total.full:
+        if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:
             message = f"The sum of {', '.join(index.ref for index in indexes)} is zero: there is nothing to write."
             raise PairingError(message)
         loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
@@ -91,13 +101,19 @@ def combine(
     return reports
 
 
-def _base_of(index: AdapterIndex, total: Total) -> Checkpoint:
-    """Stand in for the base, of which only names are needed: those of the adapter's modules."""
+def _base_of(indexes: Sequence[AdapterIndex], total: Total) -> Checkpoint:
+    """Stand in for the base, of which only names are needed: those of the adapters' modules."""
+    index = indexes[0]
+    parameters = frozenset(path for i in indexes for path in i.modules if is_parameter(path, i.config))
     tensors = {m.name: TensorSpec(m.name, index.root, m.shape, "F32") for m in total.modules}
     tensors |= {name: replace(spec, name=name) for name, spec in total.full.items()}
     path = Path(index.base_model).expanduser()
     root = path if index.base_model and path.is_dir() else index.root
-    return Checkpoint(index.base_model, root, (), tensors, revision=index.config.get("revision"))
+    return StandIn(index.base_model, root, (), tensors, revision=index.config.get("revision"), parameters=parameters)
+
+
+def _any_bias(total: Total) -> bool:
+    return any(bool(_sum(terms).any()) for terms in total.biases.values())
 
 
 def _rest(total: Total, rows: dict[str, Any]) -> Rest:
@@ -117,9 +133,23 @@ def _sum(terms: list[tuple[TensorSpec, float]]) -> Tensor:
     return torch.stack([read_tensor(spec).double() * factor for spec, factor in terms]).sum(0)
 
 
-def _open(path: str | Path) -> AdapterIndex:
+def _open_base(base: str | Path | None) -> Checkpoint | None:
+    source = None if base is None else open_source(base)
+    if isinstance(source, AdapterIndex):
+        message = f"The base {source.ref} is an adapter: pass the model that the adapters belong to."
+        raise PairingError(message)
+    return source
+
+
+def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
     index = open_source(path)
     if not isinstance(index, AdapterIndex):
         message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
+        raise PairingError(message)
+    if base is not None:
+        return replace(resolve_flattened(index, base, plan), base_model=base.ref)
+    if is_flattened(index):
+        first = next(iter(index.modules))
+        message = f"{index.ref} names its modules without dots ('{first}'): pass --base, the model that it belongs to."
         raise PairingError(message)
     return index

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from deltaspec.architecture.match import identify
 from deltaspec.errors import PairingError
 from deltaspec.io.content import same_content
+from deltaspec.io.running import SHARED, list_tied
 from deltaspec.linalg.numerics import GRIDS
 from deltaspec.pairing.dense import VOCABULARY_ROLES
 from deltaspec.pairing.plan import unreadable
@@ -29,7 +30,7 @@ class Change:
     """What one tensor of the base becomes.
 
     ``whole`` replaces it, by a ``share`` of 1 entirely; ``parts`` are its matrices that change, ``biases`` what is
-    added to a vector, each with its factor. ``key`` places a vector.
+    added to a vector, each with its factor and where it starts. ``key`` places a vector.
     """
 
     spec: TensorSpec
@@ -37,7 +38,7 @@ class Change:
     whole: TensorSpec | None = None
     share: float = 1.0
     parts: dict[MatrixKey, Part] = field(default_factory=dict)
-    biases: list[tuple[TensorSpec, float]] = field(default_factory=list)
+    biases: list[tuple[TensorSpec, float, int]] = field(default_factory=list)
 
     @property
     def shape(self) -> Shape:
@@ -84,6 +85,32 @@ def follow_ties(changes: Changes, base: Checkpoint) -> None:
                 parts = {key: replace(part) for key, part in change.parts.items()}
                 changes.tensors[other] = replace(change, spec=spec, parts=parts)
                 changes.note(f"'{other}' is tied to '{name}' and changes with it")
+
+
+def fold_shared(changes: Changes, base: Checkpoint) -> None:
+    """Where an adapter brings all modules that share T5's or BART's one stored embedding alike, replace that one."""
+    readable = {name: spec.shape for name, spec in base.tensors.items() if not unreadable(spec)}
+    for name in [name for name in readable if SHARED.fullmatch(name.removesuffix(".weight"))]:
+        uses = list_tied(base, name.removesuffix(".weight"), {stored: stored for stored in base.tensors})
+        brought = [changes.added.get(f"{path}.weight") for path, _ in uses]
+        first = brought[0] if brought else None
+        if first is None or name in changes.tensors:
+            continue
+        alike = [
+            s for s in brought if s and (s.shape, s.dtype) == (first.shape, first.dtype) and same_content(s, first)
+        ]
+        if len(alike) == len(uses):
+            (found,) = identify(readable, base.config).matrices[name]
+            part = Part(found.key, found.view)
+            changes.tensors[name] = Change(base.tensors[name], found.key, whole=first, parts={found.key: part})
+            for path, _ in uses:
+                del changes.added[f"{path}.weight"]
+                changes.notes.remove(added_note(f"{path}.weight"))
+
+
+def added_note(name: str) -> str:
+    """Say that a tensor is new."""
+    return f"'{name}' is not in the base and is added"
 
 
 def settle_heads(changes: Changes) -> None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def extract(
         "base": identify_source(sources.base),
         "tuned": identify_source(sources.tuned),
         "options": {**options.identity(), "calibration": _digest(options.calibration)},
+        "deltaspec": version("deltaspec"),
     }
     if moments:
         _check_moments(moments, sources, identity)
@@ -93,6 +95,11 @@ def _check_moments(moments: Moments, sources: Sources, identity: dict[str, Any])
             f"'{moments.path}' has moments of none of the matrices to extract: calibrate {sources.base.ref} itself."
         )
         raise PairingError(message)
+    tokens = moments.about["tokens"]
+    few = [m.name for m in sources.modules if m.name in moments.names and tokens < m.shape[1]]
+    if few:
+        note = f"{len(few)} layers are wider than the {tokens} tokens of the calibration: calibrate on more text"
+        sources.plan.notes.append(note)
     measured = moments.about["model"]
     if measured.get("files") not in (identity["base"]["files"], identity["tuned"]["files"]):
         note = f"the inputs were measured on {measured.get('ref')}, neither the base nor the tuned model"
@@ -155,7 +162,7 @@ class Runner:
         """
         function = work or (lambda job, device: factorise(job, self.options.ranks, device))
         rows = {job.key: pieces.row(job.key) or {} for job in jobs}
-        wanted = {job.key: {**job.labels, "given": job.given} for job in jobs}
+        wanted = {job.key: {**job.labels, "given": job.given, "dtype": job.dtype} for job in jobs}
         todo = [job for job in jobs if rows[job.key].get("wanted") != wanted[job.key]]
         todo.sort(key=lambda job: -job.work)
         largest = max((memory_of(job) for job in jobs), default=0)

@@ -118,8 +118,8 @@ def _merge_vector(change: Change, out: Tensor) -> Loss:
     base = read_tensor(change.spec)
     rows = min(base.shape[0], out.shape[0]) if base.ndim else None
     update = torch.zeros(base.shape, dtype=torch.float64)
-    for bias, factor in change.biases:
-        update += read_tensor(bias).double() * factor
+    for bias, factor, start in change.biases:
+        update[start : start + bias.shape[0]] += read_tensor(bias).double() * factor
     whole = None if change.whole is None else read_tensor(change.whole)
     if rows is None:
         merged, loss = merge_block(base, update, dtype=out.dtype, whole=whole, share=change.share)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,11 +13,12 @@ import torch
 
 from deltaspec.delta import DenseDelta
 from deltaspec.errors import NumericalError
+from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_low_rank, read_tensor
 from deltaspec.pairing.modules import grown_rows
 from deltaspec.pairing.plan import VectorPair
-from deltaspec.types import LowRankSource, MatrixSource, TensorSpec, WeightPair
-from deltaspec.workflows.finite import locate
+from deltaspec.types import AdapterIndex, LowRankSource, MatrixSource, TensorSpec, WeightPair
+from deltaspec.workflows.finite import describe_non_finite, locate
 
 if TYPE_CHECKING:
     from deltaspec.workflows.sources import Sources
@@ -66,24 +68,29 @@ def measure_rest(sources: Sources, rows: Mapping[str, dict[str, Any]], *, device
         if not any(rows[str(pair.key)]["energy"] for pair in module.pairs):
             rest.unchanged.append(module.name)
     homes = {str(pair.key) for module in sources.modules for pair in module.pairs}
-    inside = {module.name for module in sources.modules}
+    homes |= {module.name for module in sources.modules}
+    others: defaultdict[str, list[WeightPair]] = defaultdict(list)
     for pair in sources.plan.pairs:
-        if str(pair.key) not in homes and pair.key.tensor not in inside:
-            _add(rest, pair, sources.left.get(pair.key.tensor, "left out"), device)
+        if not {str(pair.key), pair.key.tensor} & homes:
+            others[pair.key.tensor].append(pair)
+    for name, pairs in others.items():
+        _add(rest, name, pairs, sources.left.get(name, "left out"), device)
     for vector in sources.plan.vectors:
-        _add_vector(rest, vector, inside={module.path for module in sources.modules})
+        _add_vector(rest, vector, sources)
     for row in sources.plan.skipped:
         _add_skipped(rest, sources, row["tensor"], row["reason"])
     return rest
 
 
-def _add(rest: Rest, pair: WeightPair, reason: str, device: torch.device) -> None:
-    whole = pair.tuned.spec if isinstance(pair.tuned, MatrixSource) else None
-    energy = _energy(pair, device)
+def _add(rest: Rest, name: str, pairs: list[WeightPair], reason: str, device: torch.device) -> None:
+    """Add one tensor, whose parts or experts are ``pairs``."""
+    specs = {pair.tuned.spec for pair in pairs if isinstance(pair.tuned, MatrixSource)}
+    energy = sum(_energy(pair, device) for pair in pairs)
     if energy:
-        rest.leftovers.append(Leftover(str(pair.key), pair.key.role, reason, energy, whole))
+        whole = next(iter(specs)) if len(specs) == 1 else None
+        rest.leftovers.append(Leftover(name, pairs[0].key.role, reason, energy, whole))
     else:
-        rest.unchanged.append(str(pair.key))
+        rest.unchanged.append(name)
 
 
 def _energy(pair: WeightPair, device: torch.device) -> float:
@@ -92,7 +99,7 @@ def _energy(pair: WeightPair, device: torch.device) -> float:
         return float(((factors.lora_B.mT @ factors.lora_B) * (factors.lora_A @ factors.lora_A.mT)).sum())
     assert isinstance(pair.base, MatrixSource)
     energy = float(sum(block.square().sum() for block in DenseDelta(pair.base, pair.tuned, device=device).blocks()))
-    if energy != energy or energy == float("inf"):
+    if not math.isfinite(energy):
         raise locate(pair, str(pair.key), NumericalError("it holds NaN or infinity."))
     return energy
 
@@ -106,40 +113,46 @@ def change_of(vector: VectorPair) -> torch.Tensor:
     return tuned - read_tensor(vector.base).to(torch.float64).reshape(-1)[: vector.rows]
 
 
-def _add_vector(rest: Rest, vector: VectorPair, *, inside: set[str]) -> None:
+def _add_vector(rest: Rest, vector: VectorPair, sources: Sources) -> None:
     name, energy = vector.key.tensor, float(change_of(vector).square().sum())
-    if energy != energy or energy == float("inf"):
-        message = (
-            f"'{name}' in {vector.tuned.file} or its base holds NaN or infinity: "
-            f"repair the checkpoint, or leave it out with --exclude '{re.escape(name)}'."
-        )
+    if not math.isfinite(energy):
+        sides = (("base", vector.base), ("tuned", vector.tuned))
+        message = next((said for side, spec in sides if spec and (said := describe_non_finite(side, spec))), name)
         raise NumericalError(message)
     if not energy:
         rest.unchanged.append(name)
         return
     whole = vector.tuned if vector.scaling is None else None
-    beside = name.removesuffix(".bias") in inside
+    beside = any(module.path == name.removesuffix(".bias") for module in sources.modules)
     reason = f"a {vector.key.role}: --extras {'bias' if beside else 'all'}"
+    if sources.target != "peft":
+        reason = f"a {vector.key.role}: {sources.target} takes factors only"
     rest.leftovers.append(Leftover(name, vector.key.role, reason, energy, whole))
     if vector.key.role == "bias" and vector.rows is None:
         rest.biases[name] = partial(change_of, vector)
 
 
 def _add_skipped(rest: Rest, sources: Sources, name: str, reason: str) -> None:
-    """Add a tensor without a pair: its energy where both sides hold it in one shape after all."""
-    tuned = getattr(sources.tuned, "tensors", {}).get(name)
-    base = sources.base.tensors.get(name)
-    if "tied to" in reason or tuned is None:
-        return  # the same weight is listed under its other name; what only the base has did not change
-    if base is None:
-        rest.leftovers.append(Leftover(name, "other", reason, None, tuned))
-    elif base.shape == tuned.shape and "--include" in reason:
-        energy = None if base.scale or tuned.scale else _energy_between(base, tuned)
+    """Add a tensor without a pair, with its energy where only the options keep it out."""
+    tuned, excluded = sources.tuned, sources.plan.excluded
+    if name in excluded:
+        base, other = excluded[name]
+        known = base.shape == other.shape and not base.scale and not other.scale
+        energy = _energy_between(base, other) if known else None
+        twin = next((i for i in rest.leftovers if energy and i.energy == energy and i.reason == reason), None)
+        if twin and all(same_content(*pair) for pair in zip(excluded[twin.name], excluded[name], strict=True)):
+            return  # head and embedding stored twice
         if energy != 0.0:
-            rest.leftovers.append(Leftover(name, "other", reason, energy, None))
+            rest.leftovers.append(Leftover(name, "other", reason, energy))
+    elif isinstance(tuned, AdapterIndex):
+        if name in tuned.full or "--include" in reason:
+            rest.leftovers.append(Leftover(name, "other", reason, None, tuned.full.get(name)))
+    elif name in tuned.tensors and name not in sources.base.tensors and "tied to" not in reason:
+        rest.leftovers.append(Leftover(name, "other", reason, None, tuned.tensors[name]))
 
 
-def _energy_between(base: TensorSpec, tuned: TensorSpec) -> float:
+def _energy_between(base: TensorSpec, tuned: TensorSpec) -> float | None:
     before, after = (read_tensor(spec).reshape(-1) for spec in (base, tuned))
     spans = (slice(start, start + CHUNK) for start in range(0, before.numel(), CHUNK))
-    return sum(float((after[span].double() - before[span].double()).square().sum()) for span in spans)
+    energy = sum(float((after[span].double() - before[span].double()).square().sum()) for span in spans)
+    return energy if math.isfinite(energy) else None

@@ -17,6 +17,7 @@ from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, WeightPair
 from deltaspec.workflows.analyze import Source, make_plan
+from deltaspec.workflows.rest import change_of
 
 FACTOR_DTYPES = {"F16": "fp16", "BF16": "bf16"}
 GROWN = "its vocabulary grew: --extras all stores it whole"
@@ -33,6 +34,7 @@ class Sources:
     modules: tuple[ModulePair, ...]
     left: dict[str, str]
     dtype: str
+    target: str = "peft"
 
 
 def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -> Sources:
@@ -48,7 +50,8 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
         message = f"The base {first.ref} is an adapter: pass its base model, or use deltaspec combine for two adapters."
         raise PairingError(message)
     modules, left = group_modules(plan, first, split_fused=options.form.split_fused)
-    reasons = {module.name: reason for module in modules if (reason := _why_not(module, modules, plan, options.form))}
+    with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
+    reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form, with_biases=with_biases))}
     refused = _refused_by_peft([m for m in modules if m.name not in reasons], first, target=options.form.target)
     left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
     kept = tuple(module for module in modules if module.name not in left)
@@ -56,10 +59,18 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
         name, reason = next(iter(left.items()), ("nothing", "no matrix pairs"))
         message = f"No matrix of {first.ref} can get factors (for example '{name}': {reason}): change the options."
         raise PairingError(message)
-    return Sources(first, second, plan, kept, left, resolve_dtype(options.form.dtype, modules))
+    kinds = [str(source.config.get("model_type")) for source in (first, second) if isinstance(source, Checkpoint)]
+    if len(set(kinds)) > 1 and "None" not in kinds:
+        plan.notes.append(f"the configs say that the base is a {kinds[0]} and the tuned model a {kinds[1]}")
+    return Sources(first, second, plan, kept, left, resolve_dtype(options.form.dtype, modules), options.form.target)
 
 
-def _why_not(module: ModulePair, modules: Sequence[ModulePair], plan: Plan, form: FormOptions) -> str:
+def _biases_changed(modules: Sequence[ModulePair], plan: Plan) -> bool:
+    names = {f"{module.path}.bias" for module in modules}
+    return any(bool(change_of(vector).any()) for vector in plan.vectors if vector.key.tensor in names)
+
+
+def _why_not(module: ModulePair, form: FormOptions, *, with_biases: bool) -> str:
     """Say why the options keep factors from a module; "" if they do not."""
     key = module.pairs[0].key
     if form.target != "peft" and (module.kind not in ("linear", "conv1d") or key.role not in IN_BLOCKS):
@@ -68,11 +79,7 @@ def _why_not(module: ModulePair, modules: Sequence[ModulePair], plan: Plan, form
         return f"{form.target} takes factors of the blocks' linear layers only"
     if form.extras == "all" and grown_rows(module.pairs[0]):
         return GROWN
-    if form.extras != "none" and module.kind == "embedding":
-        biases = {vector.key.tensor for vector in plan.vectors}
-        if any(f"{other.path}.bias" in biases for other in modules):
-            return NO_BIASES
-    return ""
+    return NO_BIASES if with_biases and module.kind == "embedding" else ""
 
 
 def _refused_by_peft(modules: Sequence[ModulePair], base: Checkpoint, *, target: str) -> dict[str, str]:

@@ -117,8 +117,9 @@ def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]
     report: dict[str, dict[str, Any]] = {}
     for amount in options.ranks.amounts:
         label = f"{options.ranks.policy}-{amount:.12g}"
-        width = DTYPES[sources.dtype].itemsize if options.ranks.policy == "size" else 1
-        budget = int(amount // width)
+        budget = int(amount)
+        if options.ranks.policy == "size":
+            budget = max(0, int((amount - _header(sources.modules)) // DTYPES[sources.dtype].itemsize))
         if options.form.target != "peft":
             one = uniform_rank(units, budget, min_rank=options.ranks.minimum, max_rank=options.ranks.maximum or None)
             found = [min(one, unit.energies.size) for unit in units]
@@ -157,6 +158,11 @@ def _groups(modules: Sequence[ModulePair], layout: Layout) -> list[tuple[list[st
             cost = _copies(module, layout) * (d_out + d_in) if len(places) == 1 else d_out + len(places) * d_in
             groups |= {key: ([key], cost) for key in keys}
     return list(groups.values())
+
+
+def _header(modules: Sequence[ModulePair]) -> int:
+    """Bytes of the file's header, at most: two tensors for each module, with their names, shapes and offsets."""
+    return 64 + sum(2 * (len(module.path) + 128) for module in modules)
 
 
 def _copies(module: ModulePair, layout: Layout) -> int:

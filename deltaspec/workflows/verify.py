@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,30 +13,21 @@ import torch
 from deltaspec.delta import DenseDelta
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
-from deltaspec.errors import CheckpointError, NumericalError, PairingError
+from deltaspec.errors import NumericalError, PairingError
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import fingerprint, open_source
+from deltaspec.io.open import open_source
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
-from deltaspec.pairing.modules import group_modules
-from deltaspec.pairing.plan import Plan
-from deltaspec.types import AdapterIndex, Checkpoint, LowRankDelta, LowRankSource, MatrixSource, WeightPair
-from deltaspec.workflows.analyze import Source, Step, make_plan
+from deltaspec.types import AdapterIndex, LowRankDelta, LowRankSource, MatrixSource, WeightPair
+from deltaspec.workflows.analyze import Step, make_plan
 from deltaspec.workflows.finite import locate
-from deltaspec.workflows.verify_rest import check_rest
+from deltaspec.workflows.verify_config import left_out
+from deltaspec.workflows.verify_match import Check, check_twins, make_layout, match, read_claims, read_factors
+from deltaspec.workflows.verify_rest import check_claimed, check_rest, list_tuned
 
 SLACK, FLOOR = 1e-6, 1e-9  # relative and absolute: both sums are in float64, over the same stored factors
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One matrix of both models, the adapter's factors for it, and the error that its report claims."""
-
-    pair: WeightPair
-    factors: LowRankSource
-    claimed: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +82,26 @@ def verify(
         raise PairingError(message)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
-    checks, missing = _match(plan_pairs(plan, first), plan_pairs(adapted, first), claims)
+    found = match(plan, adapted, first, claims=claims)
+    rows = _run(found.checks, options, progress)
+    layout = make_layout(plan, first)
+    tensors = list_tuned(plan, second, layout)
+    rest = check_rest(plan, adapted, tensors)
+    if claims:
+        found.worse[:0] = [row["matrix"] for row in rows if row["worse"] and row["matrix"] not in found.missing]
+        worse, missing = check_twins(plan, index, first, claims=claims)
+        more, absent = check_claimed(claims, plan, tensors, layout=layout, adapter=index)
+        known = {row["tensor"] for row in rest}
+        rest += [row for row in more if row["tensor"] not in known]
+        found.worse += worse + [row["tensor"] for row in rest if not row["right"]]
+        found.missing += missing + absent + left_out(index)
+    return Verification(
+        tuple(rows), tuple(rest), _totals(rows), tuple(found.worse), tuple(found.missing), claims is not None
+    )
+
+
+def _run(checks: list[Check], options: AnalyzeOptions, progress: Callable[[Step], None] | None) -> list[dict[str, Any]]:
+    """Check every matrix, and return the rows in the order of the checks."""
     rows: list[dict[str, Any]] = []
     devices = resolve_devices(options.device, options.workers)
     total = sum(math.prod(check.pair.shape) for check in checks)
@@ -105,54 +114,7 @@ def verify(
         if progress:
             progress(Step(len(rows), len(checks), 0, done, total, done))
     order = {str(check.pair.key): place for place, check in enumerate(checks)}
-    rows.sort(key=lambda row: order[row["matrix"]])
-    rest = check_rest(plan, adapted)
-    worse = [row["matrix"] for row in rows if row["worse"]]
-    worse += [row["tensor"] for row in rest if claims and not row["right"]]
-    return Verification(tuple(rows), tuple(rest), _totals(rows), tuple(worse), tuple(missing), bool(claims))
-
-
-def plan_pairs(plan: Plan, base: Checkpoint) -> dict[str, WeightPair]:
-    """Return a plan's pairs by key, with fused matrices whole."""
-    modules, _ = group_modules(plan, base, split_fused=False)
-    return {str(pair.key): pair for module in modules for pair in module.pairs}
-
-
-def read_claims(adapter: AdapterIndex, tuned: Source) -> dict[str, dict[str, Any]]:
-    """Read what ``deltaspec.json`` says of each matrix; empty where there is none, or it speaks of another model.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged.
-    """
-    path = adapter.root / "deltaspec.json"
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("tuned", {}).get("files") != fingerprint(tuned):
-            return {}
-        return {row["matrix"]: {"error": float(row["error"]), "rank": int(row["rank"])} for row in found["matrices"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
-        message = f"Cannot read the claims in '{path}' ({cause}): extract the adapter again."
-        raise CheckpointError(message) from cause
-
-
-def _match(
-    pairs: dict[str, WeightPair], adapted: dict[str, WeightPair], claims: dict[str, dict[str, Any]]
-) -> tuple[list[Check], list[str]]:
-    """Find each adapted matrix's delta; claims that no factors stand behind are missing."""
-    checks = []
-    for key, pair in adapted.items():
-        delta = pairs.get(key)
-        if delta is None or not isinstance(pair.tuned, LowRankSource):
-            continue
-        claim = claims.get(key)
-        checks.append(Check(delta, pair.tuned, claim["error"] if claim else None))
-    known = {str(check.pair.key) for check in checks}
-    missing = [key for key, claim in claims.items() if claim["rank"] and key not in known]
-    return checks, missing
+    return sorted(rows, key=lambda row: order[row["matrix"]])
 
 
 def _memory(check: Check) -> int:
@@ -166,7 +128,7 @@ def _budget(checks: list[Check]) -> int:
 
 def _check(check: Check, device: torch.device) -> dict[str, Any]:
     """Recompute one matrix: the error element by element in float64, the optimum from all singular values."""
-    pair, factors = check.pair, read_low_rank(check.factors)
+    pair, factors = check.pair, read_factors(check)
     factors = LowRankDelta(factors.lora_A.to(device), factors.lora_B.to(device))
     own = svd_of_product(factors.lora_B, factors.lora_A)[1]
     rank = int((own > own[:1] * max(pair.shape) * torch.finfo(torch.float64).eps).sum()) if own.numel() else 0
@@ -176,7 +138,7 @@ def _check(check: Check, device: torch.device) -> dict[str, Any]:
         raise locate(pair, str(pair.key), cause) from cause
     error = math.sqrt(lost / energy) if energy else (0.0 if not lost else math.inf)
     optimum = math.sqrt(float(values[rank:].square().sum()) / energy) if energy else 0.0
-    worse = check.claimed is not None and not error <= check.claimed * (1 + SLACK) + FLOOR
+    worse = check.stray or (check.claimed is not None and not error <= check.claimed * (1 + SLACK) + FLOOR)
     return {
         "matrix": str(pair.key),
         "role": pair.key.role,
@@ -192,7 +154,7 @@ def _check(check: Check, device: torch.device) -> dict[str, Any]:
 
 
 def _measure(pair: WeightPair, factors: LowRankDelta, device: torch.device) -> tuple[float, float, torch.Tensor]:
-    """Return ‖ΔW‖², ‖ΔW - BA‖² and all singular values of ΔW."""
+    """Return ‖ΔW‖², ‖ΔW - BA‖² and all singular values of ΔW (‖ΔW‖ alone where there are no factors)."""
     if isinstance(pair.tuned, LowRankSource):
         tuned = read_low_rank(pair.tuned)
         values = svd_of_product(tuned.lora_B, tuned.lora_A)[1]
@@ -202,16 +164,18 @@ def _measure(pair: WeightPair, factors: LowRankDelta, device: torch.device) -> t
         return float(values.square().sum()), float(rest.square().sum()), values
     assert isinstance(pair.base, MatrixSource)
     delta = DenseDelta(pair.base, pair.tuned, device=device)
-    spectrum, _ = decompose(delta.blocks, pair.shape, device=device)
     tall, place = pair.shape[0] >= pair.shape[1], 0
-    energy = lost = 0.0
+    beyond = svd_of_product(factors.lora_B[pair.shape[0] :], factors.lora_A)[1]
+    energy, lost, lora_B = 0.0, float(beyond.square().sum()), factors.lora_B[: pair.shape[0]]
     for block in delta.blocks():
         span = slice(place, place + (block.shape[0] if tall else block.shape[1]))
         place = span.stop
-        product = factors.lora_B[span] @ factors.lora_A if tall else factors.lora_B @ factors.lora_A[:, span]
+        product = lora_B[span] @ factors.lora_A if tall else lora_B @ factors.lora_A[:, span]
         energy += float(block.square().sum())
         lost += float((block - product).square().sum())
-    return energy, lost, spectrum.singular_values
+    if not factors.lora_A.shape[0]:
+        return energy, lost, torch.tensor([math.sqrt(energy)], dtype=torch.float64)
+    return energy, lost, decompose(delta.blocks, pair.shape, device=device)[0].singular_values
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

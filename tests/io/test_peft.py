@@ -233,3 +233,11 @@ def test_the_fingerprint_covers_the_config(tmp_path: Path) -> None:
     second = fingerprint(opened(write_adapter(tmp_path, factors("q"), lora_alpha=7)))
     assert first.keys() == second.keys() == {"adapter_model.safetensors", "adapter_config.json"}
     assert {name for name in first if first[name] != second[name]} == {"adapter_config.json"}
+
+
+def test_a_bias_without_factors_is_named(tmp_path: Path) -> None:
+    tensors = {**factors("m.q"), "m.v.lora_B.bias": torch.ones(5)}
+    with pytest.raises(CheckpointError, match=r"'base_model.model.m.v.lora_B.bias' in .*adapter_model.safetensors"):
+        opened(write_adapter(tmp_path, tensors, lora_bias=True))
+    tensors |= factors("m.v")
+    assert opened(write_adapter(tmp_path, tensors, lora_bias=True)).biases.keys() == {"m.v"}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from deltaspec.errors import CheckpointError, RunError
 from deltaspec.io import writer
 from deltaspec.io.staging import Staging
-from deltaspec.io.writer import TORCH, write_safetensors, write_sharded
+from deltaspec.io.writer import TORCH, write_safetensors
 from deltaspec.types import Entry
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}
@@ -114,28 +114,6 @@ def test_a_dtype_that_the_format_lacks(tmp_path):
         write_safetensors(tmp_path / "x.safetensors", [entry("w", torch.ones(2), dtype="C128")])
 
 
-def test_shards_and_their_index(tmp_path):
-    one, two, three = torch.ones(3), torch.ones(2, 2).bfloat16(), torch.zeros(1)
-    files = {"a.safetensors": [entry("x", one)], "deep/b.safetensors": [entry("y", two), entry("z", three)]}
-    assert write_sharded(tmp_path, files) == 12 + 8 + 4
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index == {
-        "metadata": {"total_size": 24},
-        "weight_map": {"x": "a.safetensors", "y": "deep/b.safetensors", "z": "deep/b.safetensors"},
-    }
-    assert torch.equal(load_file(tmp_path / "deep" / "b.safetensors")["y"], two)
-
-
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x", "a/../../x", "C:\\x", "..\\x", "\\\\host\\x", "", "a\0b"])
-def test_hostile_shard_names(name, tmp_path):
-    inner = tmp_path / "inner"
-    inner.mkdir()
-    with pytest.raises(CheckpointError, match="inside that folder"):
-        write_sharded(inner, {"fine.safetensors": [], name: [entry("x", torch.ones(1))]})
-    assert not list(inner.iterdir())
-    assert [path.name for path in tmp_path.iterdir()] == ["inner"]
-
-
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT])
 def test_a_system_that_refuses_is_one_sentence_and_nothing_is_left(number, tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
@@ -170,7 +148,7 @@ def test_a_reader_that_fails_leaves_nothing(tmp_path):
 def build(staging, text="{}"):
     built = staging.path / "built"
     built.mkdir(exist_ok=True)
-    (built / "config.json").write_text(text)
+    (built / "deltaspec.json").write_text(text)
     return built
 
 
@@ -182,7 +160,7 @@ def test_an_output_appears_by_a_rename_and_nothing_else_stays(tmp_path):
         (staging.path / "scratch").mkdir()
         staging.commit(build(staging))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["deltaspec.json"]
 
 
 def test_the_same_work_finds_its_folder_again_and_other_work_does_not(tmp_path):
@@ -208,14 +186,45 @@ def test_what_is_there_is_kept_without_overwrite(tmp_path):
 def test_overwriting_replaces_a_models_folder(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "adapter_config.json").write_text("old")
+    (out / "deltaspec.json").write_text("old")
     (out / "notes.txt").write_text("old")
     with Staging(out, identity={}, overwrite=True) as staging:
         built = build(staging, "new")
         assert (out / "notes.txt").exists()
         staging.commit(built)
-    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("config.json", "new")]
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("deltaspec.json", "new")]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("files", [
+    ["config.json", "src/thesis.tex"],
+    ["model.safetensors"],
+    ["adapter_config.json", "adapter_model.safetensors"],
+    ["deltaspec.json", "src/thesis.tex"],
+    ["deltaspec.json", "a/deltaspec.json", "a/b/thesis.tex"],
+    ["a/deltaspec.json", "b/thesis.tex"],
+    ["a/deltaspec.json", "thesis.tex"],
+])  # fmt: skip
+def test_overwriting_spares_folders_that_deltaspec_did_not_write(files, tmp_path):
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text("")
+    refused = pytest.raises(RunError, match="not deltaspec's to replace")
+    with refused, Staging(tmp_path / "out", identity={}, overwrite=True):
+        pass
+    assert all((tmp_path / "out" / name).exists() for name in files)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("files", [[], ["deltaspec.json"], ["rank-2/deltaspec.json", "rank-4/deltaspec.json"]])
+def test_overwriting_replaces_what_deltaspec_wrote(files, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in files:
+        (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_text("")
+    with Staging(tmp_path / "out", identity={}, overwrite=True) as staging:
+        staging.commit(build(staging, "new"))
+    assert [(p.name, p.read_text()) for p in (tmp_path / "out").iterdir()] == [("deltaspec.json", "new")]
 
 
 def test_overwriting_spares_what_is_not_a_model_holds_an_input_or_is_home(tmp_path, monkeypatch):
@@ -223,7 +232,7 @@ def test_overwriting_spares_what_is_not_a_model_holds_an_input_or_is_home(tmp_pa
     base.mkdir(parents=True)
     weights = base / "model.safetensors"
     save_file({"w": torch.ones(1)}, weights)
-    (tmp_path / "models" / "config.json").write_text("{}")
+    (tmp_path / "models" / "deltaspec.json").write_text("{}")
     papers = tmp_path / "papers"
     papers.mkdir()
     (papers / "thesis.tex").write_text("")
@@ -276,17 +285,17 @@ def test_a_crash_between_the_two_renames_loses_neither(tmp_path):
         "Path.rename = lambda self, to: os._exit(9) if self.name == 'built' else rename(self, to)\n"
         "with Staging(sys.argv[1], identity={'n': 2}, overwrite=True) as staging:\n"
         "    (staging.path / 'built').mkdir()\n"
-        "    (staging.path / 'built' / 'config.json').write_text('new')\n"
+        "    (staging.path / 'built' / 'deltaspec.json').write_text('new')\n"
         "    staging.commit(staging.path / 'built')\n"
     )
     assert subprocess.run([sys.executable, "-c", code, str(out)], check=False).returncode == 9
     assert not out.exists()
     with Staging(out, identity={"n": 3}, overwrite=True):
-        assert (out / "config.json").read_text() == "old"
+        assert (out / "deltaspec.json").read_text() == "old"
     with Staging(out, identity={"n": 2}, overwrite=True) as staging:
-        assert (staging.path / "built" / "config.json").read_text() == "new"
+        assert (staging.path / "built" / "deltaspec.json").read_text() == "new"
         staging.commit(staging.path / "built")
-    assert (out / "config.json").read_text() == "new"
+    assert (out / "deltaspec.json").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -306,7 +315,7 @@ def test_a_rename_that_is_refused_puts_the_old_output_back(tmp_path, monkeypatch
         monkeypatch.setattr(Path, "rename", refuse)
         with pytest.raises(RunError, match="Input/output error"):
             staging.commit(built)
-    assert (out / "config.json").read_text() == "old"
+    assert (out / "deltaspec.json").read_text() == "old"
 
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path):

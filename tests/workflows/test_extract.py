@@ -84,6 +84,43 @@ def test_every_family_round_trips_at_its_true_rank(name, tmp_path):
     assert json.loads((tmp_path / "out" / "deltaspec.json").read_text()) == json.loads(json.dumps(report))
 
 
+def accounted(report):
+    """Kept, cut off by the rank, and not carried: shares of the whole change."""
+    total = sum(row["energy"] for row in report["matrices"]) / report["totals"]["share_in_matrices"]
+    cut = sum(row["error"] ** 2 * row["energy"] for row in report["matrices"] if row["rank"])
+    return report["totals"]["kept"] + cut / total + sum(row["share"] or 0.0 for row in report["not_carried"])
+
+
+@pytest.mark.parametrize("extras", ["none", "bias", "all"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt", "qwen2_vl", "whisper", "dinov2", "gpt_oss", "gemma3_multimodal", "bart"]
+)
+def test_all_that_changed_is_kept_cut_or_listed(name, extras, tmp_path):
+    base, tuned = planted_pair(tmp_path, FAMILIES[name], rank=4)
+    options = ExtractOptions(RankOptions(amounts=(2,)), FormOptions(extras=extras), CPU)
+    (report,) = extract(base, tuned, tmp_path / "out", options=options).values()
+    assert accounted(report) == pytest.approx(1, abs=1e-6)
+    whole = {name for name in load_file(tmp_path / "out" / "adapter_model.safetensors") if ".lora_" not in name}
+    assert len(whole) >= len(report["whole"])
+    assert not {name for name in whole if "/" in name}
+    assert bool(report["whole"]) == (extras == "all")
+
+
+def test_an_excluded_tensor_is_listed_also_where_names_differ_or_it_holds_nan(tmp_path):
+    base, tuned = noisy_pair(tmp_path)
+    state = {f"wrapped.{name}": value for name, value in load_file(tuned / "model.safetensors").items()}
+    write(tuned, state, FAMILIES["llama"].config)
+    options = ExtractOptions(analysis=replace(CPU, exclude="mlp"))
+    (report,) = extract(base, tuned, tmp_path / "out", options=options).values()
+    assert sum("mlp" in row["tensor"] for row in report["not_carried"]) == 6
+    assert accounted(report) == pytest.approx(1, abs=1e-6)
+    state["wrapped.model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    write(tuned, state, FAMILIES["llama"].config)
+    (report,) = extract(base, tuned, tmp_path / "two", options=options).values()
+    assert {row["share"] for row in report["not_carried"] if "0.mlp.up_proj" in row["tensor"]} == {None}
+    assert 0 < report["totals"]["kept"] < 1
+
+
 def noisy_pair(tmp_path, dtype=torch.float32):
     """Llama with an update of falling singular values in every matrix, none of them zero."""
     family = FAMILIES["llama"]
@@ -301,6 +338,4 @@ def test_matrices_that_a_budget_leaves_out_are_listed_with_their_share(tmp_path)
     assert empty <= left.keys()
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"`{name}`" in card for name in left)
-    cut = sum(row["error"] ** 2 * row["energy"] for row in report["matrices"] if row["rank"])
-    total = sum(row["energy"] for row in report["matrices"]) / report["totals"]["share_in_matrices"]
-    assert report["totals"]["kept"] + cut / total + sum(row["share"] for row in left.values()) == pytest.approx(1)
+    assert accounted(report) == pytest.approx(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 
 import numpy as np
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 import deltaspec
 from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, OptionError, PairingError, RunError
-from deltaspec.options import MergeOptions
+from deltaspec.options import ExtractOptions, FormOptions, MergeOptions, RankOptions
+from deltaspec.workflows.extract import extract
 from deltaspec.workflows.merge import merge, parse_adapter
 from tests.families import FAMILIES, random_state, write
 from tests.pairing.test_adapters import adapter, factors
+from tests.workflows.test_extract import CPU, planted_pair
 
 LLAMA = FAMILIES["llama"]
 Q = "model.layers.0.self_attn.q_proj"
@@ -340,6 +343,21 @@ def test_a_head_that_repeats_the_new_embedding_stays_tied(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
 
 
+def test_an_embedding_that_bart_shares_is_replaced_once(tmp_path):
+    """PEFT stores it for each module that uses it; the checkpoint stores it once."""
+    base, tuned = planted_pair(tmp_path, FAMILIES["bart"])
+    options = ExtractOptions(RankOptions(amounts=(4,)), FormOptions(dtype="fp32", extras="all"), CPU)
+    extract(base, tuned, tmp_path / "lora", options=options)
+    copies = [name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors") if "embed_tokens" in name]
+    assert len(copies) == 2
+    report = merge(base, [tmp_path / "lora"], tmp_path / "out")
+    found, wanted = checkpoint(tmp_path / "out"), checkpoint(tuned)
+    assert found.keys() == wanted.keys()
+    assert torch.equal(found["model.shared.weight"], wanted["model.shared.weight"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
+    assert not any("is added" in note for note in report.notes)
+
+
 def test_tied_weights_change_once(tmp_path):
     """One matrix where the base stores one; two that stay equal where it stores both."""
     state, base = tied(tmp_path)
@@ -381,6 +399,53 @@ def test_biases_and_a_base_without_them(tmp_path):
     lean = write(tmp_path / "lean", {n: t for n, t in state.items() if n != f"{name}.bias"}, gpt2.config)
     with pytest.raises(PairingError, match=f"changes '{name}.bias', which the base lacks"):
         merge(lean, [change], tmp_path / "never")
+
+
+def test_a_bias_of_zeros_where_the_base_has_none_changes_nothing(state, base, tmp_path):
+    """PEFT's lora_bias gives every targeted module one."""
+    change = lora(tmp_path / "lora", state, lora_bias=True)
+    merge(base, [change], tmp_path / "without")
+    whole(change, {f"{Q}.lora_B.bias": torch.zeros(state[f"{Q}.weight"].shape[0])})
+    report = merge(base, [change], tmp_path / "out")
+    found, wanted = checkpoint(tmp_path / "out"), checkpoint(tmp_path / "without")
+    assert found.keys() == state.keys()
+    assert all(bits(found[name]) == bits(tensor) for name, tensor in wanted.items())
+    assert {row["tensor"] for row in report.rows} == {f"{Q}.weight", f"{DOWN}.weight"}
+
+
+@pytest.mark.parametrize("name", ["opt", "llava", "gpt_neox", "whisper", "dinov2"])
+@pytest.mark.parametrize("extras", ["bias", "all"])
+def test_extracted_biases_merge_to_those_of_the_tuned_model(name, extras, tmp_path):
+    base, tuned = planted_pair(tmp_path, FAMILIES[name])
+    form = FormOptions(dtype="fp32", extras=extras)
+    extract(base, tuned, tmp_path / "lora", options=ExtractOptions(RankOptions(amounts=(4,)), form, CPU))
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert any(name.endswith("lora_B.bias") for name in stored)
+    merge(base, [tmp_path / "lora"], tmp_path / "out")
+    found, wanted, before = (checkpoint(folder) for folder in (tmp_path / "out", tuned, base))
+    assert found.keys() == before.keys()
+    biases = [n for n, t in before.items() if n.endswith(".bias") and not torch.equal(found[n], t)]
+    assert len(biases) > 2
+    assert all(torch.allclose(found[n], wanted[n], atol=1e-6) for n in biases)
+
+
+@pytest.mark.parametrize("kept", ["gate_proj", "up_proj"])
+def test_biases_of_the_parts_of_a_matrix_are_added_to_their_rows(kept, tmp_path):
+    family = FAMILIES["dinov2"]
+    state = random_state(family)
+    base = write(tmp_path / "base", state, family.config)
+    stored = next(n for n in state if n.endswith("weights_in.weight")).removesuffix(".weight")
+    rows, d_in = state[f"{stored}.weight"].shape
+    module = re.sub(r"encoder\.layer\.", "layers.", stored).replace("weights_in", kept)
+    bias = torch.randn(rows // 2)
+    change = adapter(tmp_path / "lora", {module: factors(rows // 2, d_in)}, lora_bias=True)
+    merge(base, [f"{whole(change, {f'{module}.lora_B.bias': bias})}:0.5"], tmp_path / "out")
+    wanted, place = (
+        state[f"{stored}.bias"].clone(),
+        slice(0, rows // 2) if kept == "gate_proj" else slice(rows // 2, rows),
+    )
+    wanted[place] += 0.5 * 2 * bias
+    assert torch.allclose(checkpoint(tmp_path / "out")[f"{stored}.bias"], wanted, atol=1e-6)
 
 
 def test_adapters_of_another_base_and_sides_that_are_swapped(state, base, tmp_path):
