@@ -43,7 +43,7 @@ def verify(
 ) -> None:
     """Read ADAPTER back and recompute its error against the change from BASE to TUNED.
 
-    Exit code 1 if it is worse than its deltaspec.json claims, 2 if it cannot be checked.
+    Exit code 1 if it is worse than its deltaspec.json claims, or than none; 2 if it cannot be checked.
     """
     options = AnalyzeOptions(**given)
     from deltaspec.workflows.verify import verify as run_verification
@@ -54,7 +54,7 @@ def verify(
         settings = TextOptions(field=field, tokens=tokens, device=options.device.split(",")[0])
         said = _divergence(base, tuned, adapter, text, options=settings, quiet=quiet)
     click.echo(json.dumps({**asdict(found), "divergence": said}) if as_json else _render(found, said))
-    if found.worse or found.missing:
+    if found.worse or found.missing or found.totals["error"] > 1:
         sys.exit(1)
 
 
@@ -89,6 +89,8 @@ def _render(found: Any, said: dict[str, Any] | None) -> str:
     parts = [table(rows), f"All matrices: error {totals['error']:.6f}, best at these ranks {totals['optimum']:.6f}."]
     if said:
         parts.append(_say(said))
+    if totals["error"] > 1:
+        parts.append("Worse than no adapter at all: does it belong to this base and tuned model, in this order?")
     if found.worse:
         parts.append(f"Worse than claimed: {', '.join(map(printable, found.worse))}.")
     if found.missing:

@@ -112,6 +112,8 @@ class Staging:
             why = "it is there already; pass --overwrite to replace it, or another name"
         elif any(place.is_relative_to(self.out) for place in kept):
             why = "it is or holds an input, the working folder or your home; pass another name"
+        elif self.out.is_file() and any(self.out.is_relative_to(source) for source in self.inputs):
+            why = "it is a file of an input; pass another name"
         elif not _replaceable(self.out):
             why = (
                 f"it is not deltaspec's to replace, without {MARK} in it and in each of its folders; pass another name"

@@ -115,3 +115,9 @@ def test_the_default_folder_is_named_after_model_and_policy(pair, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert run("extract", *pair, "--quiet").exit_code == 0
     assert (tmp_path / "adapters" / "tuned-rank-16" / "adapter_model.safetensors").exists()
+
+
+def test_a_pair_in_the_wrong_order_is_worse_than_no_adapter(pair, adapter):
+    done = run("verify", pair[1], pair[0], adapter, "--quiet")
+    assert done.exit_code == 1
+    assert "in this order?" in done.stdout

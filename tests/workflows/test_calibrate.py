@@ -348,3 +348,10 @@ def test_batches_hold_sequences_of_one_length(tmp_path):
     assert [batch.ids.shape[1] for batch in batches] == [2, 4, 4, 6]
     assert [batch.lines for batch in batches] == [(2,), (1,), (3,), (5,)]
     assert all(a.ids.shape[1] <= b.ids.shape[1] for a, b in pairwise(batches))
+
+
+def test_moments_never_replace_the_weights_that_they_come_from(llama, text):
+    weights = (llama / "model.safetensors").read_bytes()
+    with pytest.raises(RunError, match="a file of an input"):
+        calibrate(llama, text, llama / "model.safetensors", options=OPTIONS, overwrite=True)
+    assert (llama / "model.safetensors").read_bytes() == weights
