@@ -123,7 +123,7 @@ def excess(base: str, tuned: str, name: str, rank: int) -> dict[str, object]:
         values = np.linalg.svd(delta, compute_uv=False)
         error, least = float(((delta - product) ** 2).sum()), float((values[rank:] ** 2).sum())
         lost, best, total = lost + error, best + least, total + float((values**2).sum())
-        worst, count = max(worst, math.sqrt(error / least)), count + 1
+        worst, count = max(worst, math.sqrt(error / least) if least else 0.0), count + 1
     size = (folder / "adapter_model.safetensors").stat().st_size
     return {
         "matrices": count,
