@@ -72,6 +72,10 @@ class Layout:
         tied = list_tied(self.base, path, self.running) if self.literal is None else ()
         return [use for use in tied if use[0] not in self.apart]
 
+    def holders(self, path: str) -> list[str]:
+        """List the modules that factors of a running module are written for: itself, and those tied to it."""
+        return [*([] if SHARED.fullmatch(path) else [path]), *(use for use, _ in self.uses(path))]
+
 
 def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list[Target], dict[str, str]]:
     """Turn modules under the base's names into those of the running model.

@@ -14,12 +14,11 @@ from typing import Any
 from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
 from deltaspec.io.peft_targets import Layout, Target, make_targets
 from deltaspec.io.peft_tensors import list_factors, plan_whole
-from deltaspec.io.writer import SAVED, whole_file, write_safetensors
+from deltaspec.io.writer import SAVED, STORED, whole_file, write_safetensors
 from deltaspec.types import AdapterModule, Checkpoint, Entry
 
 VERSION = "0.21.2"  # of the PEFT whose layout this is
 NO_TARGETS = "dummy-target-modules"  # what PEFT asks for where nothing but whole modules is stored
-STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from deltaspec.io.pickled import DTYPES
 from deltaspec.types import Entry
 
 SAVED = {"format": "pt"}  # what transformers looks for before it loads
+STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}  # what --dtype calls them
 INDEX = "model.safetensors.index.json"
 TORCH = {name: getattr(torch, kind) for kind, name in DTYPES.items() if hasattr(torch, kind) and "FNUZ" not in name}
 

@@ -65,6 +65,11 @@ class RankOptions:
             message = "--weighted spends a budget by ‖ΔW‖²/‖W‖²: pass it with --params or --size."
             raise OptionError(message)
 
+    def labels(self) -> dict[str, float]:
+        """Name each adapter to be written after the policy and its amount."""
+        name = self.policy.replace("_", "-")
+        return {name: 0.0} if name == "above-rounding" else {f"{name}-{amount:.12g}": amount for amount in self.amounts}
+
 
 @dataclass(frozen=True, slots=True)
 class FormOptions:

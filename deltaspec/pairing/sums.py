@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from deltaspec.architecture.match import identify
 from deltaspec.errors import PairingError
+from deltaspec.pairing.homes import factor_shape
 from deltaspec.pairing.names import natural_order
 from deltaspec.types import (
     AdapterIndex,
@@ -82,13 +83,8 @@ def _tensor(path: str, term: LowRankTerm) -> str:
 
 def _places(term: LowRankTerm) -> tuple[tuple[int, int], Shape]:
     """Return (d_out, d_in) of a term's product, of one expert in a stack, and a convolution's trailing axes."""
-    a, b = term.lora_A.shape, term.lora_B.shape
-    if term.embedding:
-        return (a[1], b[0]), ()
-    d_in = 1
-    for size in a[1:]:
-        d_in *= size
-    return (b[0], d_in), a[1:] if len(a) > 2 else ()
+    trailing = term.lora_A.shape[1:]
+    return factor_shape(term), trailing if len(trailing) > 1 and not term.embedding else ()
 
 
 def _module(path: str, found: list[tuple[AdapterIndex, LowRankTerm]], key: MatrixKey) -> ModulePair:

@@ -71,7 +71,7 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
         dtype=assembly.sources.dtype,
         rslora=form.rslora,
         loader=assembly.loader,
-        untied=[module.name for module in assembly.sources.modules if module.pairs[0].key.role == "lm_head"],
+        untied=assembly.sources.heads,
     )
     carried = {m.path for m in modules if m.read_bias and f"{m.path}.bias" not in refused and m.path not in refused}
     stored = {entry.name for entry in full} - refused.keys()

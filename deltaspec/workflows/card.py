@@ -88,8 +88,7 @@ def _provenance(assembly: Assembly) -> dict[str, Any]:
 
 def _tied(assembly: Assembly, modules: Sequence[AdapterModule]) -> list[str]:
     """Modules that share an embedding's weight, and so hold its factors too."""
-    heads = [module.name for module in assembly.sources.modules if module.pairs[0].key.role == "lm_head"]
-    layout = Layout(assembly.sources.base, heads)
+    layout = Layout(assembly.sources.base, assembly.sources.heads)
     paths = [layout.place(m.path)[0].name.removesuffix(".weight") for m in modules if m.kind == "embedding"]
     return [use for path in paths for use, _ in layout.uses(path)]
 

@@ -22,14 +22,11 @@ from deltaspec.options import ExtractOptions
 from deltaspec.pairing.flattened import is_flattened, resolve_flattened
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
-from deltaspec.store.pieces import Pieces
 from deltaspec.types import AdapterIndex, Checkpoint, TensorSpec
 from deltaspec.workflows.analyze import Step
-from deltaspec.workflows.assemble import Assembly, write_adapters
-from deltaspec.workflows.extract import Runner, label_amounts, make_jobs
+from deltaspec.workflows.extract import Runner, build
 from deltaspec.workflows.rest import Leftover, Rest
 from deltaspec.workflows.sources import Sources, resolve_dtype
-from deltaspec.workflows.spend import spend
 
 Weighted = tuple[str | Path, float]
 
@@ -88,17 +85,8 @@ def combine(
     inputs = [index.root for index in indexes] + ([named.root] if named else [])
     with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
         runner = Runner(options, devices, progress)
-        spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
-        pieces = Pieces(staging.path / "factors")
-        rows = runner.fill(make_jobs(sources, options, spending, None), pieces)
-        if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:
-            message = f"The sum of {', '.join(index.ref for index in indexes)} is zero: there is nothing to write."
-            raise PairingError(message)
         loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
-        assembly = Assembly(sources, options, rows, pieces, _rest(total, rows), spending, identity, loader)
-        reports = write_adapters(assembly, staging.path / "built", labels=label_amounts(options.ranks))
-        staging.commit(staging.path / "built")
-    return reports
+        return build(sources, runner, staging, identity=identity, measure=partial(_rest, total, indexes), loader=loader)
 
 
 def _base_of(indexes: Sequence[AdapterIndex], total: Total) -> Checkpoint:
@@ -116,8 +104,11 @@ def _any_bias(total: Total) -> bool:
     return any(bool(_sum(terms).any()) for terms in total.biases.values())
 
 
-def _rest(total: Total, rows: dict[str, Any]) -> Rest:
-    """Biases and tensors stored whole go along."""
+def _rest(total: Total, indexes: Sequence[AdapterIndex], rows: dict[str, Any]) -> Rest:
+    """Biases and tensors stored whole go along; a sum of nothing is refused."""
+    if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:
+        message = f"The sum of {', '.join(index.ref for index in indexes)} is zero: there is nothing to write."
+        raise PairingError(message)
     rest = Rest()
     for path, terms in total.biases.items():
         rest.biases[f"{path}.bias"] = partial(_sum, terms)

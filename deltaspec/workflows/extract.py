@@ -18,7 +18,7 @@ from deltaspec.errors import DeltaspecError, NumericalError, PairingError
 from deltaspec.io.moments import Moments, open_moments
 from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
-from deltaspec.options import ExtractOptions, RankOptions
+from deltaspec.options import ExtractOptions
 from deltaspec.store.pieces import Pieces
 from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.assemble import Assembly, write_adapters
@@ -73,18 +73,52 @@ def extract(
     }
     if moments:
         _check_moments(moments, sources, identity)
+
+    def measure(rows: dict[str, Any]) -> Rest:
+        rest = measure_rest(sources, rows, device=devices[0])
+        _refuse_equal(sources, options, rows, rest)
+        return rest
+
     inputs = [sources.base.root, sources.tuned.root]
     with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
         runner = Runner(options, devices, progress)
-        spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
-        jobs = make_jobs(sources, options, spending, moments)
-        pieces = Pieces(staging.path / "factors")
-        rows = runner.fill(jobs, pieces)
-        rest = measure_rest(sources, rows, device=devices[0])
-        _refuse_equal(sources, options, rows, rest)
-        assembly = Assembly(sources, options, rows, pieces, rest, spending, identity)
-        reports = write_adapters(assembly, staging.path / "built", labels=label_amounts(options.ranks))
-        staging.commit(staging.path / "built")
+        return build(sources, runner, staging, identity=identity, measure=measure, moments=moments)
+
+
+def build(
+    sources: Sources,
+    runner: Runner,
+    staging: Staging,
+    *,
+    identity: dict[str, Any],
+    measure: Callable[[dict[str, Any]], Rest],
+    moments: Moments | None = None,
+    loader: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Factorise every matrix that is not done yet, write the adapters and commit them; returns their reports.
+
+    Parameters
+    ----------
+    sources : Sources
+    runner : Runner
+    staging : Staging
+        Entered; it keeps what is finished.
+    identity : dict
+        What the adapters are made from, for their reports.
+    measure : callable
+        Finished rows → what goes beside the factors; it refuses where there is nothing to write.
+    moments : Moments, optional
+        Second moments of the layers' inputs.
+    loader : dict, optional
+        What says which class loads the adapters, where the base's config cannot.
+    """
+    options = runner.options
+    spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
+    pieces = Pieces(staging.path / "factors")
+    rows = runner.fill(make_jobs(sources, options, spending, moments), pieces)
+    assembly = Assembly(sources, options, rows, pieces, measure(rows), spending, identity, loader)
+    reports = write_adapters(assembly, staging.path / "built", labels=options.ranks.labels())
+    staging.commit(staging.path / "built")
     return reports
 
 
@@ -118,16 +152,10 @@ def _refuse_equal(sources: Sources, options: ExtractOptions, rows: dict[str, Any
     raise PairingError(message)
 
 
-def label_amounts(ranks: RankOptions) -> dict[str, float]:
-    """Name each adapter to be written after its policy and amount."""
-    name = ranks.policy.replace("_", "-")
-    return {name: 0.0} if name == "above-rounding" else {f"{name}-{amount:.12g}": amount for amount in ranks.amounts}
-
-
 def default_folder(tuned: str | Path, options: ExtractOptions) -> Path:
     """Name an adapter's folder after the tuned model and the policy."""
     name = str(tuned).rstrip("/").split("/")[-1].split("@")[0] or "model"
-    labels = label_amounts(options.ranks)
+    labels = options.ranks.labels()
     return Path("adapters") / f"{name}-{next(iter(labels)) if len(labels) == 1 else options.ranks.policy + 's'}"
 
 
@@ -135,7 +163,7 @@ def make_jobs(
     sources: Sources, options: ExtractOptions, spending: Spending | None, moments: Moments | None
 ) -> list[Job]:
     """One job for each matrix that gets factors."""
-    amounts, jobs = label_amounts(options.ranks), []
+    amounts, jobs = options.ranks.labels(), []
     for module in sources.modules:
         for pair in module.pairs:
             labels = spending.ranks[str(pair.key)] if spending else amounts
@@ -166,7 +194,7 @@ class Runner:
         todo = [job for job in jobs if rows[job.key].get("wanted") != wanted[job.key]]
         todo.sort(key=lambda job: -job.work)
         largest = max((memory_of(job) for job in jobs), default=0)
-        done = finished = weights = 0
+        done = finished = 0
         failed: list[Exception] = []
         total = sum(job.work for job in todo)
         budget = self.options.analysis.memory or 2 * largest + (48 << 20)
@@ -178,9 +206,9 @@ class Runner:
                 row, tensors = outcome.value
                 rows[job.key] = {**row, "wanted": wanted[job.key]}
                 pieces.put(job.key, rows[job.key], tensors)
-            done, finished, weights = done + 1, finished + job.work, weights + job.work
+            done, finished = done + 1, finished + job.work
             if self.progress:
-                self.progress(Step(done, len(todo), len(failed), finished, total, weights))
+                self.progress(Step(done, len(todo), len(failed), finished, total, finished))
         if failed:
             raise _failure(failed)
         return rows

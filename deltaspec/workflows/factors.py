@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltaspec.delta import DenseDelta, energy_of
 from deltaspec.errors import NumericalError
-from deltaspec.extraction.factors import balance, cast_factors, optimum, product_error, stored_errors
+from deltaspec.extraction.factors import Factors, balance, cast_factors, optimum, product_error, stored_errors
 from deltaspec.extraction.ranks import POLICIES, clamp
 from deltaspec.extraction.whiten import balance_weighted, truncate_weighted, weighted_errors
 from deltaspec.io.matrix import read_low_rank
@@ -23,7 +23,6 @@ from deltaspec.spectra.noise import edge_of_rounding
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, Truncation, WeightPair
 from deltaspec.workflows.finite import locate
 
-Factors = tuple[Tensor, Tensor]
 WHOLE = 4 << 30  # bytes of ΔW in float32 that may be in memory at once; beyond that it is only streamed
 
 

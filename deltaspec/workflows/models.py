@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError, NumericalError, require
+from deltaspec.extraction.factors import DTYPES
 from deltaspec.io.matrix import open_matrix, read_tensor
 from deltaspec.io.open import open_source
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
 from deltaspec.workflows.texts import Batch
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CHOICES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in; ``auto`` is the one that most weights are stored in, fp32 at most."""
     if choice != "auto":
-        return CHOICES[choice]
+        return DTYPES[choice]
     sizes: Counter[str] = Counter()
     for spec in checkpoint.tensors.values():
         sizes[spec.dtype] += torch.Size(spec.shape).numel()

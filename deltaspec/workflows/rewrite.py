@@ -15,7 +15,7 @@ from torch import Tensor
 from deltaspec.errors import OptionError
 from deltaspec.io.companions import adjust_config, copy_companions, find_companions, output_name
 from deltaspec.io.shards import NUMBERED, read_header
-from deltaspec.io.writer import INDEX, SAVED, TORCH, whole_file, write_index, write_safetensors
+from deltaspec.io.writer import INDEX, SAVED, STORED, TORCH, whole_file, write_index, write_safetensors
 from deltaspec.linalg.numerics import GRIDS
 from deltaspec.merging.apply import Loss
 from deltaspec.types import Checkpoint, Entry, MatrixKey, Shape
@@ -23,7 +23,6 @@ from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.effects import Changes
 from deltaspec.workflows.merged import Found, copy_tensor, merge_tensor
 
-STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 Files = dict[str, list[str]]
 
 

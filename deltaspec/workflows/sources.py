@@ -36,6 +36,11 @@ class Sources:
     dtype: str
     target: str = "peft"
 
+    @property
+    def heads(self) -> list[str]:
+        """Heads that change apart from the embedding, which the base may tie them to."""
+        return [module.name for module in self.modules if module.pairs[0].key.role == "lm_head"]
+
 
 def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -> Sources:
     """Open and pair both sides, and choose the modules that get factors.
@@ -73,9 +78,8 @@ def _biases_changed(modules: Sequence[ModulePair], plan: Plan) -> bool:
 def _why_not(module: ModulePair, form: FormOptions, *, with_biases: bool) -> str:
     """Say why the options keep factors from a module; "" if they do not."""
     key = module.pairs[0].key
-    if form.target != "peft" and (module.kind not in ("linear", "conv1d") or key.role not in IN_BLOCKS):
-        return f"{form.target} takes factors of the blocks' linear layers only"
-    if form.target != "peft" and key.depth is None:
+    in_blocks = module.kind in ("linear", "conv1d") and key.role in IN_BLOCKS and key.depth is not None
+    if form.target != "peft" and not in_blocks:
         return f"{form.target} takes factors of the blocks' linear layers only"
     if form.extras == "all" and grown_rows(module.pairs[0]):
         return GROWN

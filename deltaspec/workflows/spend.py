@@ -19,7 +19,6 @@ from deltaspec.extraction.factors import DTYPES
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
 from deltaspec.io.peft_targets import Layout
-from deltaspec.io.running import SHARED
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import BUDGETS, ExtractOptions
@@ -110,13 +109,11 @@ def _from_run(sources: Sources, path: str) -> dict[str, Known]:
 
 
 def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]) -> Spending:
-    heads = [module.name for module in sources.modules if module.pairs[0].key.role == "lm_head"]
-    groups = _groups(sources.modules, Layout(sources.base, heads))
+    groups = _groups(sources.modules, Layout(sources.base, sources.heads))
     units = [_unit(keys, cost, known, weighted=options.ranks.weighted) for keys, cost in groups]
     ranks: defaultdict[str, dict[str, float]] = defaultdict(dict)
     report: dict[str, dict[str, Any]] = {}
-    for amount in options.ranks.amounts:
-        label = f"{options.ranks.policy}-{amount:.12g}"
+    for label, amount in options.ranks.labels().items():
         budget = int(amount)
         if options.ranks.policy == "size":
             budget = max(0, int((amount - _header(sources.modules)) // DTYPES[sources.dtype].itemsize))
@@ -169,8 +166,7 @@ def _copies(module: ModulePair, layout: Layout) -> int:
     """How often a module's factors are written."""
     if module.kind != "embedding":
         return 1
-    path = layout.place(module.path)[0].name.removesuffix(".weight")
-    return len(layout.uses(path)) + (0 if SHARED.fullmatch(path) else 1)
+    return len(layout.holders(layout.place(module.path)[0].name.removesuffix(".weight")))
 
 
 def _unit(keys: list[str], cost: int, known: dict[str, Known], *, weighted: bool) -> Unit:

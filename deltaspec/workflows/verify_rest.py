@@ -9,7 +9,6 @@ import torch
 from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_targets import Layout
-from deltaspec.io.running import SHARED
 from deltaspec.pairing.plan import Plan, VectorPair
 from deltaspec.types import AdapterIndex, Checkpoint, MatrixSource, TensorSpec
 from deltaspec.workflows.rest import change_of
@@ -112,8 +111,7 @@ def _uses(name: str, layout: Layout) -> list[str]:
     found = []
     for place in layout.place(name):
         path = place.name.removesuffix(".weight")
-        found += [] if SHARED.fullmatch(path) else [place.name]
-        found += [f"{use}.weight" for use, _ in layout.uses(path)]
+        found += [place.name if holder == path else f"{holder}.weight" for holder in layout.holders(path)]
     return found
 
 
