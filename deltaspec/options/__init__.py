@@ -13,6 +13,7 @@ from deltaspec.options.adapters import (
 )
 from deltaspec.options.analyze import AnalyzeOptions
 from deltaspec.options.models import CalibrateOptions, TextOptions
+from deltaspec.options.training import TargetOptions
 
 __all__ = [
     "BUDGETS",
@@ -26,5 +27,6 @@ __all__ = [
     "FormOptions",
     "MergeOptions",
     "RankOptions",
+    "TargetOptions",
     "TextOptions",
 ]

@@ -1,0 +1,137 @@
+"""The matrices of a running model: where each lies, and how its part of a module's output is found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaspec.architecture.match import identify
+from deltaspec.architecture.views import view_matrix
+from deltaspec.training.adapted import Adapted, take_outputs
+from deltaspec.types import MatrixKey, Shape, View
+
+WRAPPED = re.compile(r"\.base(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One matrix of a running model that a method may change.
+
+    ``path`` is its module's path, ``kind`` linear, conv1d (GPT-2's, weights stored as (d_in, d_out)) or embedding.
+    ``key.tensor`` is the weight's name in the running model. ``shape`` is (d_out, d_in); of an embedding stored as
+    (V, d) it is (V, d). ``view`` says which rows of the module's matrix are meant where it is part of a fused one;
+    ``whole`` is true where all are.
+    """
+
+    path: str
+    kind: str
+    key: MatrixKey
+    shape: tuple[int, int]
+    view: View
+    whole: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its path, and its part where it is not the whole of its module."""
+        return self.path if self.whole else f"{self.path}.{self.key.part}"
+
+
+def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module that holds a weight by its path in the base model, as it is without adapters."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, Adapted):
+            inside.append(f"{name}.")
+            module = module.base
+        yield name, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base model's own parameters by their names without adapters; tied ones once."""
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        owner = name
+        while "." in owner:  # inside an Adapted, only what hangs below .base is the model's own
+            owner = owner.rpartition(".")[0]
+            if isinstance(model.get_submodule(owner), Adapted) and not name.startswith(f"{owner}.base."):
+                break
+        else:
+            parameters[WRAPPED.sub("", name)] = parameter
+    return parameters
+
+
+def kind_of(module: nn.Module) -> str:
+    """Say what kind of site a module is: linear, conv1d, embedding, or none ("")."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
+
+
+def list_sites(model: nn.Module, *, split: bool) -> list[Site]:
+    """List every matrix of a running model that a method could change, in the model's order.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, on any device; adapters that are attached already do not count.
+    split : bool
+        Parts of fused matrices one by one, instead of whole.
+    """
+    config: Any = getattr(model, "config", None)
+    modules = {path: module for path, module in list_modules(model) if kind_of(module)}
+    shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in base_parameters(model).items()}
+    shapes |= {f"{path}.weight": tuple(_weight(module).shape) for path, module in modules.items()}  # tied ones too
+    found = identify(shapes, config.to_dict() if config else {}).matrices
+    sites: list[Site] = []
+    for path, module in modules.items():
+        kind, parts = kind_of(module), found.get(f"{path}.weight", ())
+        rows, columns = _weight(module).shape
+        shape = (columns, rows) if kind == "conv1d" else (rows, columns)
+        fused = len(parts) > 1
+        if split and fused:
+            sites += [Site(path, kind, p.key, p.view.shape, p.view, whole=False) for p in parts]
+        else:
+            key = parts[0].key if parts else MatrixKey(f"{path}.weight")
+            key = MatrixKey(key.tensor, "", _fused_role(parts) if fused else key.role, key.depth, None, key.stack)
+            sites.append(Site(path, kind, key, shape, View(shape, transposed=kind == "conv1d")))
+    return sites
+
+
+def _fused_role(parts: Sequence[Any]) -> str:
+    roles = [part.key.role for part in parts]
+    if roles[:1] == ["q_proj"]:
+        return "qkv_proj"
+    return "gate_up_proj" if set(roles) == {"gate_proj", "up_proj"} else roles[0]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the base model's own module at a path, from under its adapters."""
+    module = model.get_submodule(path)
+    return module.base if isinstance(module, Adapted) else module
+
+
+def base_matrix(module: nn.Module, site: Site) -> Tensor:
+    """Return the base weight (d_out, d_in) of a site, shared memory where strides allow."""
+    return _weight(module) if site.whole and site.kind != "conv1d" else view_matrix(_weight(module), site.view)
+
+
+def base_bias(module: nn.Module, site: Site) -> Tensor | None:
+    """Return the bias (d_out,) of a site's rows, or None."""
+    bias = getattr(module, "bias", None)
+    if bias is None or site.whole:
+        return bias
+    return take_outputs(bias, site.view)
