@@ -41,6 +41,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "tie_word_embeddings": True},
     ),
     "gpt2": ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    "neox": ("GPTNeoXForCausalLM", {**SIZES, "max_position_embeddings": 64}),  # its fused rows go head by head
+    "opt": (  # its head calls the decoder past the body
+        "OPTForCausalLM",
+        {
+            "hidden_size": 16,
+            "ffn_dim": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "word_embed_proj_dim": 16,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+        },
+    ),
     "bert": ("BertModel", {**SIZES, "max_position_embeddings": 64}),
     "masked": ("BertForMaskedLM", {**SIZES, "max_position_embeddings": 64}),
     "classifier": ("BertForSequenceClassification", {**SIZES, "max_position_embeddings": 64, "num_labels": 3}),

@@ -18,7 +18,7 @@ DEFAULT = {field.name: field.default for field in fields(AnalyzeOptions)}
 
 @click.command()
 @click.argument("base")
-@click.argument("tuned")
+@click.argument("tuned", nargs=-1, required=True)
 @click.option(
     "-o", "--out", type=click.Path(), help="Run directory; by default one under ./runs. An unfinished run goes on."
 )
@@ -43,25 +43,40 @@ DEFAULT = {field.name: field.default for field in fields(AnalyzeOptions)}
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def analyze(
-    base: str, tuned: str, out: str | None, spectra: str, dry_run: bool, as_json: bool, quiet: bool, **given: object
+    base: str,
+    tuned: tuple[str, ...],
+    out: str | None,
+    spectra: str,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **given: object,
 ) -> None:
     """Decompose the change from BASE to TUNED and print how many directions it uses.
 
-    BASE and TUNED are folders, files, or hub ids (owner/name@revision); TUNED, or both, may be a PEFT LoRA folder.
+    BASE and TUNED are folders, files, or hub ids (owner/name@revision); TUNED, or both, may be a PEFT adapter. Several
+    checkpoints of one training, or its folder, give a run for each step.
 
-    Exit code 1 if a matrix failed, 2 if nothing could be compared.
+    Exit code 1 if a matrix or checkpoint failed, 2 if nothing could be compared.
     """
     options = AnalyzeOptions(spectra=tuple(spectra.split(",")), **given)  # type: ignore[arg-type]
+    from deltaspec.workflows.checkpoints import is_training
+
+    if len(tuned) > 1 or is_training(tuned[0]):
+        from deltaspec.cli.steps import analyze_steps
+
+        analyze_steps(base, tuned, out, options=options, dry_run=dry_run, as_json=as_json, quiet=quiet)
+        return
     from deltaspec.workflows.analyze import analyze as run_analysis
     from deltaspec.workflows.analyze import make_plan
     from deltaspec.workflows.report import plan_to_json, run_to_json
 
     if dry_run:
-        plan = make_plan(base, tuned, options)[0]
+        plan = make_plan(base, tuned[0], options)[0]
         click.echo(json.dumps(plan_to_json(plan)) if as_json else render_plan(plan))
         return
     with stoppable(), Progress(quiet=quiet) as progress:
-        run = run_analysis(base, tuned, out, options=options, progress=progress)
+        run = run_analysis(base, tuned[0], out, options=options, progress=progress)
     click.echo(json.dumps(run_to_json(run), ensure_ascii=False) if as_json else render(run))
     if not as_json:
         click.echo(f"\nRun: {run.path}  (deltaspec show, export, plot)")

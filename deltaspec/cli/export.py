@@ -12,13 +12,13 @@ import click
 @click.option("--format", "kind", type=click.Choice(["csv", "json", "parquet"]), default="csv", show_default=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write; stdout by default.")
 def export(run: str, kind: str, out: Path | None) -> None:
-    """Write the records of RUN, one row for each matrix."""
+    """Write the records of RUN, one row for each matrix, and step where it is a trajectory."""
     from deltaspec.errors import RunError
     from deltaspec.store.record import write_atomically
-    from deltaspec.store.run import Run
+    from deltaspec.store.trajectory import load_results
     from deltaspec.workflows.export import FORMATS
 
-    content = FORMATS[kind](Run.load(run))
+    content = FORMATS[kind](load_results(run))
     if out is None:
         click.echo(content, nl=False)
         return

@@ -19,10 +19,10 @@ import click
     help="Width and font size of the page that the figures go to.",
 )
 def plot(run: Path, output: Path | None, formats: str, style: str) -> None:
-    """Draw the figures of RUN, each beside the CSV that it draws, and print the paths."""
-    from deltaspec.store.run import Run
+    """Draw the figures of RUN (a trajectory: rank by step), each beside the CSV that it draws, and print the paths."""
+    from deltaspec.store.trajectory import load_results
     from deltaspec.workflows.plot import plot as draw
 
     names = tuple(name.strip() for name in formats.split(","))
-    for path in draw(Run.load(run), output, formats=names, style=style):
+    for path in draw(load_results(run), output, formats=names, style=style):
         click.echo(path)

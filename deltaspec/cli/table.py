@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltaspec.pairing.plan import Plan
     from deltaspec.store.run import Run
+    from deltaspec.store.trajectory import Trajectory
 
 HEADS = {
     "relative_norm": "‖ΔW‖/‖W‖",
@@ -92,6 +93,33 @@ def render(run: Run, view: str = "role") -> str:
         parts.append(ROUNDING)
     parts += map(printable, _remarks(run))
     return "\n\n".join(parts)
+
+
+STEPS = ("relative_norm", "rank_90", "rank_90_ratio", "effective_rank", "effective_rank_ratio")
+STEPS_LEGEND = """Medians over matrices. rank 90%: directions that keep 90 % of ‖ΔW‖²; eff. rank: exp of the entropy of
+σ/Σσ; of noise: the rank before it, over that of pure noise of the shape."""
+
+
+def render_steps(trajectory: Trajectory, view: str = "role") -> str:
+    """Render a trajectory's table, rank against training step, then what failed."""
+    from deltaspec.workflows.summary import COLUMNS, by_step
+
+    found = by_step(trajectory, view)
+    rows = [
+        {n: row[n] for n in (*(n for n in row if n not in (*COLUMNS, "rounding")), *STEPS, "rounding")} for row in found
+    ]
+    parts = [table(rows), STEPS_LEGEND] if rows else ["No matrix has a result."]
+    if any(row["rounding"] for row in rows):
+        parts.append(ROUNDING)
+    said = [f"Failed: step {step}: {message}" for step, message in trajectory.failures.items()]
+    for step, run in zip(trajectory.steps, trajectory.runs, strict=True):
+        said += [f"Failed: step {step}: {message}" for message in run.failures.values()]
+        if run.missing:
+            said.append(f"Unfinished: step {step} lacks {len(run.missing)} matrices; run the same command to go on.")
+    said += [
+        f"Unfinished: step {step} has no result yet; run the same command to go on." for step in trajectory.missing
+    ]
+    return "\n\n".join([*parts, *map(printable, said)])
 
 
 def _remarks(run: Run) -> list[str]:

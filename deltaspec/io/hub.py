@@ -50,6 +50,26 @@ def fetch(repo: str, revision: str) -> tuple[Path, str]:
         raise
 
 
+def fetch_config(repo: str, revision: str) -> Path:
+    """Return the config.json of a model of the hub, from the cache or fetched alone, without any weights.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not cached and the hub is switched off, out of reach, or does not give it.
+    """
+    from huggingface_hub import constants
+
+    folder = _cached(repo, revision)
+    if folder is not None and (folder / "config.json").is_file():
+        return folder / "config.json"
+    if constants.HF_HUB_OFFLINE:
+        raise _failure(repo, revision, "HF_HUB_OFFLINE is set and the cache does not have it; unset it or use a path")
+    if "config.json" not in [sibling.rfilename for sibling in _ask(repo, revision).siblings or []]:
+        raise _failure(repo, revision, "it has no config.json; pass a folder that has one")
+    return _get(repo, "config.json", revision) / "config.json"
+
+
 def fetch_others(repo: str, revision: str, *, chosen: Callable[[str], bool]) -> None:
     """Bring those files of a model into the cache whose names ``chosen`` takes, beside what is there.
 
@@ -126,23 +146,37 @@ def _download(repo: str, revision: str) -> tuple[Path, str]:
 
 
 def _ask(repo: str, revision: str) -> Any:
-    """Ask the hub for a model's commit and files, and give up in time even where name lookup hangs."""
+    """Ask the hub for a model's commit and files."""
+    try:
+        return ask(lambda api, patience: api.model_info(repo, revision=revision, timeout=patience))
+    except Exception as cause:  # every version of the library raises its own network errors
+        raise _failure(repo, revision, explain(cause)) from cause
+
+
+def ask(question: Callable[[Any, float], Any]) -> Any:
+    """Ask the hub's API something, and give up in time even where name lookup hangs.
+
+    Parameters
+    ----------
+    question : callable
+        Takes an HfApi and the seconds that its answer may take; what it raises is raised.
+    """
     from huggingface_hub import HfApi
 
     answers: list[Any] = []
 
-    def ask() -> None:
+    def run() -> None:
         try:
-            answers.append(HfApi().model_info(repo, revision=revision, timeout=PATIENCE - 1))
-        except Exception as cause:  # every version of the library raises its own network errors
+            answers.append(question(HfApi(), PATIENCE - 1))
+        except Exception as cause:
             answers.append(cause)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(PATIENCE)
     answer = answers[0] if answers else TimeoutError(f"no answer within {PATIENCE:g} s")
     if isinstance(answer, Exception):
-        raise _failure(repo, revision, _explain(answer)) from answer
+        raise answer
     return answer
 
 
@@ -153,12 +187,12 @@ def _get(repo: str, name: str, revision: str) -> Path:
     try:
         path = Path(hf_hub_download(repo, name, revision=revision, etag_timeout=PATIENCE))
     except Exception as cause:
-        what = f"'{name}' could not be fetched: {_explain(cause)}"
+        what = f"'{name}' could not be fetched: {explain(cause)}"
         raise _failure(repo, revision, what) from cause
     return path.parents[name.count("/")]
 
 
-def _explain(cause: Exception) -> str:
+def explain(cause: Exception) -> str:
     """Say in words what went wrong at the hub, and what to do."""
     from huggingface_hub import errors
 
@@ -171,4 +205,4 @@ def _explain(cause: Exception) -> str:
     if isinstance(cause, errors.HfHubHTTPError):
         return f"the hub answered with an error ({str(cause).splitlines()[0]}); try again later"
     first = " ".join(str(cause).split()) or type(cause).__name__
-    return f"the hub cannot be reached ({first[:200]}); check the network, or download it elsewhere and give the folder"
+    return f"the hub cannot be reached ({first[:200]}); check the network, or download it elsewhere and give its path"

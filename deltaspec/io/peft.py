@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deltaspec.errors import CheckpointError
+from deltaspec.errors import AdapterError, CheckpointError
 from deltaspec.io import pickled, shards
 from deltaspec.types import AdapterIndex, LowRankTerm, TensorSpec
 
@@ -148,9 +148,9 @@ def _leaves(module: str, listed: list[str]) -> set[str]:
     return found
 
 
-def _refusal(path: Path, what: str) -> CheckpointError:
+def _refusal(path: Path, what: str) -> AdapterError:
     message = f"Cannot read '{path}': it is {what}; merge it into its base and analyse the merged checkpoint."
-    return CheckpointError(message)
+    return AdapterError(message, path.parent)
 
 
 def _sort(

@@ -12,8 +12,9 @@ from deltaspec.options.adapters import (
     RankOptions,
 )
 from deltaspec.options.analyze import AnalyzeOptions
+from deltaspec.options.compare import CompareOptions
 from deltaspec.options.models import CalibrateOptions, TextOptions
-from deltaspec.options.training import TargetOptions
+from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 
 __all__ = [
     "BUDGETS",
@@ -23,10 +24,14 @@ __all__ = [
     "TARGETS",
     "AnalyzeOptions",
     "CalibrateOptions",
+    "CompareOptions",
+    "DataOptions",
     "ExtractOptions",
     "FormOptions",
+    "LoopOptions",
     "MergeOptions",
     "RankOptions",
+    "RunOptions",
     "TargetOptions",
     "TextOptions",
 ]

@@ -84,11 +84,16 @@ def tabulate_cells(records: Iterable[MatrixRecord]) -> Columns:
     def place(cell: tuple[str, str, int | None]) -> tuple[int, int, int]:
         return stacks.index(cell[0]), order.index(cell[1]), -1 if cell[2] is None else cell[2]
 
-    return to_columns([_summarise(cell, cells[cell]) for cell in sorted(cells, key=place)])
+    return to_columns([summarise(_name(cell), cells[cell]) for cell in sorted(cells, key=place)])
 
 
-def _summarise(cell: tuple[str, str, int | None], records: Sequence[MatrixRecord]) -> Row:
-    row: Row = dict(zip(("stack", "role", "depth"), cell, strict=True))
+def _name(cell: tuple[str, str, int | None]) -> Row:
+    return dict(zip(("stack", "role", "depth"), cell, strict=True))
+
+
+def summarise(start: Row, records: Sequence[MatrixRecord]) -> Row:
+    """Return a row that begins with ``start`` and says what one cell's matrices score; see ``tabulate_cells``."""
+    row = dict(start)
     row["matrices"] = len(records)
     row["unresolved"] = sum(record.metrics.get("resolved") is False for record in records)
     row["spectrum_of"] = records[0].spectrum_of

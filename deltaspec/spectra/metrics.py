@@ -25,8 +25,8 @@ class Evidence:
         ‖W_base‖_F; None for base and tuned spectra.
     rounding : Rounding or None
         None where no storage rounding enters the matrix: base and tuned spectra.
-    low_rank : bool
-        The delta comes from stored factors, so nothing was rounded into it.
+    unrounded : bool
+        The delta comes from an adapter's own parameters, so no rounding of stored weights is in it.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Evidence:
         *,
         base_norm: float | None = None,
         rounding: Rounding | None = None,
-        low_rank: bool = False,
+        unrounded: bool = False,
     ) -> None:
         self.values: Vector = spectrum.singular_values.numpy()
         self.shape = spectrum.shape
@@ -47,7 +47,7 @@ class Evidence:
         # Relative to σ₁², so that no power of a tiny value underflows.
         self.squares: Vector = (self.values / top) ** 2 if top else np.zeros_like(self.values)
         self.sum_squares = float(self.squares.sum())
-        self.base_norm, self.rounding, self.low_rank = base_norm, rounding, low_rank
+        self.base_norm, self.rounding, self.unrounded = base_norm, rounding, unrounded
         self.noise = noise_sigma(self.values, *self.shape)
 
     def above(self, edge: float) -> int:
@@ -99,8 +99,8 @@ def update_to_ulp(e: Evidence) -> float | None:
 
 
 def rounding_edge(e: Evidence) -> float | None:
-    """Largest singular value that storage rounding alone explains; 0 for stored factors."""
-    if e.low_rank:
+    """Largest singular value that storage rounding alone explains; 0 for an adapter."""
+    if e.unrounded:
         return 0.0
     return edge_of_rounding(e.rounding) if e.rounding else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,10 +83,10 @@ class Run:
                 write_atomically(folder / "manifest.json", text.encode())
                 return cls.load(folder)
             run = cls.load(folder)
-            differences = list(_differences(run.manifest, json.loads(json.dumps(manifest))))
-            if differences:
+            found = list(differences(run.manifest, json.loads(json.dumps(manifest))))
+            if found:
                 message = (
-                    f"{folder} holds a run of something else ({'; '.join(differences[:3])}): "
+                    f"{folder} holds a run of something else ({'; '.join(found[:3])}): "
                     "pass another folder with -o, or delete this one."
                 )
                 raise RunError(message)
@@ -117,6 +117,13 @@ class Run:
         """Store a result by atomic rename; an earlier failure of the same matrix goes."""
         write_atomically(self._file(record.key, record.store_key), encode(record, spectrum))
         self.drop_failure(record.key, record.store_key)
+
+    def adopt(self, other: Run, records: Sequence[tuple[MatrixKey, str]]) -> None:
+        """Copy those of these records that this run lacks and the other has; they must be of the same matrix."""
+        for key, store_key in records:
+            source, target = other._file(key, store_key), self._file(key, store_key)
+            if source.exists() and not target.exists():
+                write_atomically(target, source.read_bytes())
 
     def put_failure(self, key: MatrixKey, store_key: str, message: str) -> None:
         """Store why a matrix has no result; it is tried again on resume."""
@@ -204,11 +211,23 @@ def _read_json(path: Path) -> Any:
         raise RunError(message) from cause
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Say in words where two manifests' identities differ; references may differ, contents not."""
-    for name in IDENTITY if not prefix else sorted({*old, *new} - {"ref", "revision"}):
+def differences(
+    old: dict[str, Any], new: dict[str, Any], names: Sequence[str] = IDENTITY, prefix: str = ""
+) -> Iterator[str]:
+    """Say in words where two manifests' identities differ; references may differ, contents not.
+
+    Parameters
+    ----------
+    old, new : dict
+    names : sequence of str
+        The fields that make the identity.
+    prefix : str
+        Of fields inside these.
+    """
+    for name in names:
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{prefix}{name}.")
+            inner = sorted({*before, *after} - {"ref", "revision"})
+            yield from differences(before, after, inner, f"{prefix}{name}.")
         elif before != after:
             yield f"{prefix}{name} was {before}, now {after}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaspec.errors import OptionError
 from deltaspec.types import LowRankDelta, View
 
 if TYPE_CHECKING:
     from deltaspec.training.sites import Site
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Update(nn.Module):
@@ -21,11 +25,20 @@ class Update(nn.Module):
     Attributes
     ----------
     site : Site
+    reads_base : bool
+        Whether it needs the base's own outputs, not those with other adapters (DoRA, which stretches them).
     """
+
+    reads_base = False
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
+
+    def fuse(self, x: Tensor, *, base: nn.Module, weight: float) -> Tensor | None:
+        """Return the whole module's outputs with the update in one go; None (the default) to run the base first."""
+        del x, base, weight
+        return None
 
     def forward(self, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
         """Return the site's outputs with the update.
@@ -91,23 +104,62 @@ class Adapted(nn.Module):
         """Run the base, then each active update on its rows."""
         if self.run is not None:
             return self.run(x)
-        y: Tensor = self.base(x)
+        y: Tensor | None = None
         for slot, weight in self.active:
             update = self.updates[slot]
             assert isinstance(update, Update)
-            site = update.site
-            if site.whole:
-                y = update(x, y, base=self.base, weight=weight)
+            if y is None:
+                y = update.fuse(x, base=self.base, weight=weight)
+                if y is None:
+                    y = _apply(update, x, self.base(x), base=self.base, weight=weight)
+            elif update.reads_base:
+                start = self.base(x)
+                y = y + (_apply(update, x, start, base=self.base, weight=weight) - start)
             else:
-                part = update(x, take_outputs(y, site.view), base=self.base, weight=weight)
-                y = put_outputs(y, part, site.view)
-        return y
+                y = _apply(update, x, y, base=self.base, weight=weight)
+        return self.base(x) if y is None else y
+
+
+def _apply(update: Update, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
+    """Let an update change its rows of a module's outputs."""
+    site = update.site
+    if site.whole:
+        changed: Tensor = update(x, y, base=base, weight=weight)
+        return changed
+    part = update(x, take_outputs(y, site.view), base=base, weight=weight)
+    return put_outputs(y, part, site.view)
+
+
+def check_free(model: nn.Module, name: str | None = None) -> None:
+    """Refuse to change the adapters of a model while they are merged or mixed, and a name that is taken or unusable.
+
+    Parameters
+    ----------
+    model : nn.Module
+    name : str, optional
+        Of an adapter that is to be attached.
+
+    Raises
+    ------
+    OptionError
+        Saying which.
+    """
+    if name is not None and not NAME.fullmatch(name):
+        message = f"An adapter cannot have the name '{name}': expected letters, digits, - and _."
+        raise OptionError(message)
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted) and module.run is not None:
+            message = f"The adapters at '{path}' are merged, or mixed by row: call unmerge() or close() first."
+            raise OptionError(message)
+        if isinstance(module, Adapted) and any(slot.partition("/")[0] == name for slot in module.updates):
+            message = f"There is an adapter '{name}' on '{path}' already: attach this one under another name."
+            raise OptionError(message)
 
 
 def apply_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """Run a linear, Conv1D or embedding module with another weight, as stored ((d_in, d_out) for Conv1D)."""
     if isinstance(module, nn.Embedding):
-        return F.embedding(x, weight, module.padding_idx)
+        return F.embedding(x, weight, module.padding_idx) * getattr(module, "embed_scale", 1.0)
     return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T, module.bias)  # type: ignore[arg-type]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, OptionError
-from deltaspec.training.adapted import Adapted, Update
+from deltaspec.training.adapted import Adapted, Update, check_free
 from deltaspec.training.sites import Site, base_parameters, module_at
 from deltaspec.types import LowRankDelta
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,7 @@ class Attachment:
         self.model, self.name, self.method, self.options = model, name, method, options
         self.updates = {update.site.name: update for update in updates}
         self.shared = dict(shared or {})
+        check_free(model, name)
         for update in updates:
             wrapper = wrap(model, update.site.path)
             slot = self.slot(update.site)
@@ -73,10 +72,11 @@ class Attachment:
 
     def slot(self, site: Site) -> str:
         """Name its update inside the wrapper of a module."""
-        return self.name if site.whole else f"{self.name}/{site.key.part}"
+        return f"{self.name}/{'' if site.whole else site.key.part}"
 
     def enable(self, weight: float) -> None:
         """Let it act with a weight: 1 wholly, 0 not at all (then it is not even run)."""
+        check_free(self.model)
         for update in self.updates.values():
             wrapper = self.model.get_submodule(update.site.path)
             assert isinstance(wrapper, Adapted)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaspec.architecture.match import identify
+from deltaspec.architecture.match import Identification, identify
 from deltaspec.architecture.views import view_matrix
+from deltaspec.errors import OptionError
 from deltaspec.training.adapted import Adapted, take_outputs
 from deltaspec.types import MatrixKey, Shape, View
 
@@ -55,15 +56,23 @@ def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base model's own parameters by their names without adapters; tied ones once."""
     parameters = {}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, Adapted)}
     for name, parameter in model.named_parameters():
         owner = name
         while "." in owner:  # inside an Adapted, only what hangs below .base is the model's own
             owner = owner.rpartition(".")[0]
-            if isinstance(model.get_submodule(owner), Adapted) and not name.startswith(f"{owner}.base."):
+            if owner in adapted and not name.startswith(f"{owner}.base."):
                 break
         else:
             parameters[WRAPPED.sub("", name)] = parameter
     return parameters
+
+
+def identify_parameters(model: nn.Module) -> Identification:
+    """Say what every parameter of a running model is; tied ones once, adapters left out."""
+    config: Any = getattr(model, "config", None)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base_parameters(model).items()}
+    return identify(shapes, config.to_dict() if config else {})
 
 
 def kind_of(module: nn.Module) -> str:
@@ -135,3 +144,14 @@ def base_bias(module: nn.Module, site: Site) -> Tensor | None:
     if bias is None or site.whole:
         return bias
     return take_outputs(bias, site.view)
+
+
+def refuse_embeddings(sites: Sequence[Site], method: str) -> None:
+    """Refuse embeddings among the sites of a method that has no form for them; OptionError names the first."""
+    for site in sites:
+        if site.kind == "embedding":
+            message = (
+                f"--method {method} changes linear layers only, and '{site.name}' is an embedding: leave it out of "
+                "--targets, or take --method lora."
+            )
+            raise OptionError(message)

@@ -1,21 +1,33 @@
-"""Roles, names and depths → the sites that a method changes."""
+"""Roles, names and depths → the sites that a method changes, and the matrices that it cannot."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from deltaspec.architecture.roles import ROLES
 from deltaspec.errors import OptionError
 from deltaspec.options.training import TargetOptions
-from deltaspec.training.sites import Site, list_sites
+from deltaspec.training.sites import Site, base_parameters, identify_parameters, list_modules, list_sites
 
 GROUPS = {
     "attention": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A parameter with matrices that targets mean, and that is no layer's weight: no site holds it."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    roles: tuple[str, ...]
+    depth: int | None
+    reason: str
 
 
 def choose_sites(model: nn.Module, options: TargetOptions) -> list[Site]:
@@ -38,21 +50,91 @@ def choose_sites(model: nn.Module, options: TargetOptions) -> list[Site]:
     blocks = 1 + max((site.key.depth for site in whole if site.key.depth is not None), default=-1)
     depths = _read_depths(options.depths, blocks)
     chosen: dict[str, Site] = {}
-    pieces = [piece.strip() for piece in options.targets.split(",")]
-    if not all(_is_name(piece) for piece in pieces):
-        pieces = [options.targets]  # a regular expression may hold commas
-    for piece in pieces:
+    for piece in _read_targets(options.targets):
         found = [site for site in parts if _meets(site, piece)] or [site for site in whole if _meets(site, piece)]
         if not found:
-            roles = sorted({site.key.role for site in parts}, key=list(ROLES).index)
-            message = f"--targets has '{piece}', which matches no layer: this model has the roles {', '.join(roles)}."
-            raise OptionError(message)
+            raise OptionError(_say_unmatched(model, piece, parts))
         chosen |= {site.name: site for site in found}
     kept = {name: site for name, site in chosen.items() if depths is None or site.key.depth in depths}
     if not kept:
         message = f"--depths is '{options.depths}', which leaves no layer of --targets: this model has {blocks} blocks."
         raise OptionError(message)
     return _in_order(whole, parts, kept, split=options.split)
+
+
+def list_left_out(model: nn.Module, options: TargetOptions) -> list[LeftOut]:
+    """List the matrices that targets mean and no method of layers can adapt: stacked experts, bare parameters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, on any device (meta too).
+    options : TargetOptions
+        ``all`` means every matrix of the blocks.
+
+    Returns
+    -------
+    list of LeftOut
+        In the model's order.
+
+    Raises
+    ------
+    OptionError
+        If the depths cannot be read, or a regular expression makes no sense.
+    """
+    whole = list_sites(model, split=False)
+    left = _list_bare(model, whole)
+    deepest = [key for key in (*(site.key.depth for site in whole), *(one.depth for one in left)) if key is not None]
+    depths = _read_depths(options.depths, 1 + max(deepest, default=-1))
+    pieces = _read_targets(options.targets)
+    meant = [one for one in left if any(_means(one, piece) for piece in pieces)]
+    return [one for one in meant if depths is None or one.depth in depths]
+
+
+def _list_bare(model: nn.Module, whole: Sequence[Site]) -> list[LeftOut]:
+    """List every parameter that holds matrices and belongs to no site."""
+    held, parameters, modules = {site.key.tensor for site in whole}, base_parameters(model), dict(list_modules(model))
+    left = []
+    for name, found in identify_parameters(model).matrices.items():
+        if name in held:
+            continue
+        roles, key = tuple(dict.fromkeys(identified.key.role for identified in found)), found[0].key
+        reason = f"a parameter of {type(modules.get(name.rpartition('.')[0])).__name__}, which is no linear layer"
+        if key.expert is not None:
+            reason = "experts stacked in one parameter, which is no linear layer"
+        left.append(LeftOut(name, tuple(parameters[name].shape), roles, key.depth, reason))
+    return left
+
+
+def _means(left: LeftOut, piece: str) -> bool:
+    """Tell whether one of the targets would take this parameter, were it a layer's weight."""
+    if piece == "all":
+        return left.depth is not None
+    if piece in GROUPS:
+        return left.depth is not None and not set(GROUPS[piece]).isdisjoint(left.roles)
+    owner, _, leaf = left.tensor.rpartition(".")
+    if _is_name(piece):
+        return piece in (*left.roles, leaf, owner.rpartition(".")[2])
+    return any(_compile(piece).fullmatch(path) for path in (owner, left.tensor))
+
+
+def _say_unmatched(model: nn.Module, piece: str, parts: Sequence[Site]) -> str:
+    """Say why one of the targets matches no layer."""
+    left = next((one for one in _list_bare(model, list_sites(model, split=False)) if _means(one, piece)), None)
+    if left:
+        shape = " × ".join(map(str, left.shape))
+        return (
+            f"--targets has '{piece}', which matches no layer: '{left.tensor}' ({shape}) and what is like it cannot be "
+            f"adapted, being {left.reason}; pass other --targets, or --method full."
+        )
+    roles = sorted({site.key.role for site in parts}, key=list(ROLES).index)
+    return f"--targets has '{piece}', which matches no layer: this model has the roles {', '.join(roles)}."
+
+
+def _read_targets(text: str) -> list[str]:
+    """Part a list of names; a regular expression, which may hold commas, is one."""
+    pieces = [piece.strip() for piece in text.split(",")]
+    return pieces if all(_is_name(piece) for piece in pieces) else [text]
 
 
 def _is_name(piece: str) -> bool:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from deltaspec.engine.local import resolve_devices
-from deltaspec.engine.local import run as run_engine
-from deltaspec.errors import DeltaspecError, PairingError, RunError
+from deltaspec.errors import AdapterError, PairingError
 from deltaspec.io.open import identify_source, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
@@ -25,22 +16,10 @@ from deltaspec.pairing.dense import pair_checkpoints
 from deltaspec.pairing.plan import Plan, refuse_empty
 from deltaspec.store.run import Run
 from deltaspec.types import AdapterIndex, Checkpoint, LowRankSource
+from deltaspec.workflows.base import Base, Source
 from deltaspec.workflows.matrix import Task, analyze_matrix, memory_of
+from deltaspec.workflows.tasks import Step, default_path, describe_environment, fill_run, unwritable
 from deltaspec.workflows.vectors import compare_vectors
-
-Source = Checkpoint | AdapterIndex
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """How far a run is; ``work`` is what time is estimated from, in multiply-adds."""
-
-    done: int
-    total: int
-    failed: int
-    work_done: int
-    work_total: int
-    weights_done: int
 
 
 def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> tuple[Plan, Source, Source]:
@@ -58,6 +37,17 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
         If a side cannot be read, or the two do not belong together.
     """
     first, second = open_source(base), open_source(tuned)
+    return pair_sources(first, second, options), first, second
+
+
+def pair_sources(first: Source, second: Source, options: AnalyzeOptions) -> Plan:
+    """Pair two sides that are open.
+
+    Raises
+    ------
+    PairingError
+        If the two do not belong together.
+    """
     if isinstance(first, AdapterIndex):
         if isinstance(second, Checkpoint):
             message = f"The base {first.ref} is an adapter and {second.ref} a full checkpoint: swap the two arguments."
@@ -68,7 +58,7 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
     else:
         plan = pair_checkpoints(first, second, options)
     refuse_empty(plan, first, second)
-    return plan, first, second
+    return plan
 
 
 def analyze(
@@ -84,7 +74,8 @@ def analyze(
     Parameters
     ----------
     base, tuned : str or Path
-        A folder, a file, or a hub id with @revision; an adapter folder on the tuned side or on both.
+        A folder, a file, or a hub id with @revision; an adapter folder on the tuned side or on both. LoRA adapters
+        are read off their files; those of other methods, and DoRA, are attached to the running base.
     out : str or Path, optional
         The run directory; by default one under ``runs`` named after both sides. An unfinished one goes on where it
         stopped, a finished one is returned as it is.
@@ -102,40 +93,63 @@ def analyze(
     DeltaspecError
         If a side cannot be read, the two do not pair, or the run directory belongs to something else.
     """
-    options = options or AnalyzeOptions()
+    return analyze_against(Base(base), tuned, out, options=options or AnalyzeOptions(), progress=progress)
+
+
+def analyze_against(
+    base: Base,
+    tuned: str | Path,
+    out: str | Path | None = None,
+    *,
+    options: AnalyzeOptions,
+    progress: Callable[[Step], None] | None = None,
+    sibling: Run | None = None,
+) -> Run:
+    """Do what ``analyze`` does, with a base that is open.
+
+    Parameters
+    ----------
+    base : Base
+    tuned, out, options, progress
+        As of ``analyze``.
+    sibling : Run, optional
+        Of the same base with the same options: spectra of the base itself are taken from it.
+    """
     devices = resolve_devices(options.device, options.workers)
-    plan, first, second = make_plan(base, tuned, options)
+    try:
+        second = open_source(tuned)
+    except AdapterError as adapter:
+        from deltaspec.workflows.attached import analyze_attached  # training's rooms load for such adapters only
+
+        return analyze_attached(base, adapter, out, ref=str(tuned), options=options, progress=progress, sibling=sibling)
+    plan = pair_sources(base.source, second, options)
     tasks = _make_tasks(plan, options)
-    manifest = _manifest(plan, first, second, options, tasks)
+    manifest = _manifest(plan, base.source, second, options, tasks)
     run = Run.create_or_resume(out or default_path(manifest), manifest)
     try:
         compare_vectors(plan, run)
-        _fill(run, tasks, options, devices=devices, progress=progress)
-    except OSError as cause:
-        message = (
-            f"The run directory {run.path} cannot be written ({cause.strerror}): free space or rights, then run again."
+        if sibling:
+            run.adopt(sibling, [(task.key, task.store_key) for task in tasks if task.spectrum_of == "base"])
+        fill_run(
+            run,
+            tasks,
+            lambda task, device: analyze_matrix(task, options, device, norms=base.norms),
+            cost=partial(memory_of, options=options),
+            options=options,
+            devices=devices,
+            progress=progress,
         )
-        raise RunError(message) from cause
+    except OSError as cause:
+        raise unwritable(run.path, cause) from cause
     return Run.load(run.path)
 
 
-def default_path(manifest: dict[str, Any]) -> Path:
-    """Name a run directory after both sides, with a hash of contents and options, so that two never collide."""
-    names = [str(manifest[side]["ref"]).rstrip("/").split("/")[-1] or "model" for side in ("base", "tuned")]
-    identity = [manifest["base"]["files"], manifest["tuned"]["files"], manifest["options"]]
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / f"{names[0]}--{names[1]}-{digest}"
-
-
 def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
     return {
         "base": identify_source(base),
         "tuned": identify_source(tuned),
         "options": options.identity(),
-        "deltaspec": versions["deltaspec"],
-        "versions": {**versions, "python": platform.python_version()},
-        "machine": {"system": platform.platform(), "processor": platform.machine()},
+        **describe_environment(),
         "family": plan.family,
         "notes": plan.notes,
         "skipped": plan.skipped,
@@ -157,48 +171,3 @@ def _make_tasks(plan: Plan, options: AnalyzeOptions) -> list[Task]:
             else:
                 tasks[task.store_key] = task
     return list(tasks.values())
-
-
-def _fill(
-    run: Run,
-    tasks: list[Task],
-    options: AnalyzeOptions,
-    *,
-    devices: list[torch.device],
-    progress: Callable[[Step], None] | None,
-) -> None:
-    """Run what is missing, largest first, and store each result as it comes."""
-    todo = sorted((t for t in tasks if not run.has(t.pair.key, t.store_key)), key=lambda t: -t.work)
-    largest = max((8 * t.pair.shape[0] * t.pair.shape[1] for t in tasks), default=0)
-    budget = options.memory or 4 * largest + (48 << 20)
-    done = failed = work = weights = 0
-    total = sum(task.work for task in todo)
-
-    def report() -> None:
-        if progress:
-            progress(Step(done, len(todo), failed, work, total, weights))
-
-    report()
-    outcomes = run_engine(
-        todo,
-        lambda task, device: analyze_matrix(task, options, device),
-        devices=devices,
-        cost=partial(memory_of, options=options),
-        budget=budget,
-    )
-    for outcome in outcomes:
-        task = outcome.item
-        if outcome.value is None:
-            run.put_failure(task.pair.key, task.store_key, _sentence(task, outcome.failure))
-            failed += 1
-        else:
-            run.put(*outcome.value)
-        done, work, weights = done + 1, work + task.work, weights + int(np.prod(task.pair.shape))
-        report()
-
-
-def _sentence(task: Task, failure: Exception | None) -> str:
-    """Say why a matrix has no result."""
-    if isinstance(failure, DeltaspecError):
-        return str(failure)
-    return f"'{task.store_key}' failed unexpectedly ({type(failure).__name__}: {failure}): please report it."

@@ -14,9 +14,9 @@ from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import CalibrateOptions
 from deltaspec.pairing.names import natural_order
-from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.inputs import Layer, Sums, find_aliases, find_layers, listening
 from deltaspec.workflows.models import choose_dtype, describe_model, load_model, load_tokenizer, open_model, run_model
+from deltaspec.workflows.tasks import Step
 from deltaspec.workflows.texts import Batch, digest, make_batches
 
 

@@ -23,10 +23,10 @@ from deltaspec.pairing.flattened import is_flattened, resolve_flattened
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
 from deltaspec.types import AdapterIndex, Checkpoint, TensorSpec
-from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.extract import Runner, build
 from deltaspec.workflows.rest import Leftover, Rest
 from deltaspec.workflows.sources import Sources, resolve_dtype
+from deltaspec.workflows.tasks import Step
 
 Weighted = tuple[str | Path, float]
 

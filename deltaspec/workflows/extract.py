@@ -20,12 +20,12 @@ from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
 from deltaspec.store.pieces import Pieces
-from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.assemble import Assembly, write_adapters
 from deltaspec.workflows.factors import Job, factorise, memory_of
 from deltaspec.workflows.rest import Rest, measure_rest
 from deltaspec.workflows.sources import Sources, open_sources
 from deltaspec.workflows.spend import Spending, spend
+from deltaspec.workflows.tasks import Step
 
 
 def extract(

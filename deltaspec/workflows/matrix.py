@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +17,9 @@ from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence, measure
-from deltaspec.types import LowRankSource, MatrixRecord, MatrixSource, Spectrum, WeightPair
+from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixRecord, MatrixSource, Spectrum, WeightPair
 from deltaspec.workflows.finite import locate
+from deltaspec.workflows.tasks import Norms, work_of
 
 WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -30,14 +32,24 @@ class Task:
     spectrum_of: str
 
     @property
+    def key(self) -> MatrixKey:
+        """The pair's."""
+        return self.pair.key
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The pair's."""
+        return self.pair.shape
+
+    @property
     def store_key(self) -> str:
         """The name of its record in the run; see MatrixRecord.store_key."""
         return str(self.pair.key) if self.spectrum_of == "delta" else f"{self.pair.key}#{self.spectrum_of}"
 
     @property
     def work(self) -> int:
-        """Multiply-adds up to a constant: long · side², as the Gram matrix costs."""
-        return max(self.pair.shape) * min(self.pair.shape) ** 2
+        """Multiply-adds up to a constant."""
+        return work_of(self.pair.shape)
 
 
 def memory_of(task: Task, options: AnalyzeOptions) -> int:
@@ -56,8 +68,18 @@ def memory_of(task: Task, options: AnalyzeOptions) -> int:
     return max(gram, 2 * square)
 
 
-def analyze_matrix(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[MatrixRecord, Spectrum]:
+def analyze_matrix(
+    task: Task, options: AnalyzeOptions, device: torch.device, *, norms: Norms | None = None
+) -> tuple[MatrixRecord, Spectrum]:
     """Decompose one matrix and measure it.
+
+    Parameters
+    ----------
+    task : Task
+    options : AnalyzeOptions
+    device : torch.device
+    norms : dict, optional
+        Norms of the base's matrices that earlier analyses needed; this one's is added.
 
     Raises
     ------
@@ -72,7 +94,7 @@ def analyze_matrix(task: Task, options: AnalyzeOptions, device: torch.device) ->
         if task.spectrum_of != "delta":
             evidence, spectrum, note = _of_one(task, options, device)
         elif isinstance(pair.tuned, LowRankSource):
-            evidence, spectrum, note = _of_factors(pair, options, device)
+            evidence, spectrum, note = _of_factors(pair, options, device, {} if norms is None else norms)
         else:
             evidence, spectrum, note = _of_delta(pair, options, device)
     except NumericalError as cause:
@@ -82,12 +104,36 @@ def analyze_matrix(task: Task, options: AnalyzeOptions, device: torch.device) ->
     if evidence.rounding and evidence.rounding.grid != _dtype(pair.tuned):
         grid = evidence.rounding.grid
         notes.append(f"tuned values are {grid} saved as {_dtype(pair.tuned)}: rounding is that of {grid}")
-    record = MatrixRecord(
-        key=pair.key,
-        shape=pair.shape,
-        base_dtype=_dtype(pair.base),
-        tuned_dtype=_dtype(pair.tuned),
-        spectrum_of=task.spectrum_of,
+    record = make_record(
+        task.key,
+        task.spectrum_of,
+        (evidence, spectrum),
+        dtypes=(_dtype(pair.base), _dtype(pair.tuned)),
+        start=start,
+        device=device,
+        notes=notes,
+    )
+    return record, spectrum
+
+
+def make_record(
+    key: MatrixKey,
+    spectrum_of: str,
+    found: tuple[Evidence, Spectrum],
+    *,
+    dtypes: tuple[str, str],
+    start: float,
+    device: torch.device,
+    notes: Sequence[str] = (),
+) -> MatrixRecord:
+    """Measure what was found of one matrix; ``dtypes`` are base's and tuned's, ``start`` that of perf_counter."""
+    evidence, spectrum = found
+    return MatrixRecord(
+        key=key,
+        shape=spectrum.shape,
+        base_dtype=dtypes[0],
+        tuned_dtype=dtypes[1],
+        spectrum_of=spectrum_of,
         metrics=measure(evidence),
         method=spectrum.method,
         error_bound=spectrum.error_bound,
@@ -95,7 +141,6 @@ def analyze_matrix(task: Task, options: AnalyzeOptions, device: torch.device) ->
         device=str(device),
         notes=tuple(notes),
     )
-    return record, spectrum
 
 
 def _dtype(source: MatrixSource | LowRankSource) -> str:
@@ -127,23 +172,51 @@ def _of_one(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[
     return Evidence(spectrum), spectrum, note
 
 
-def _of_factors(pair: WeightPair, options: AnalyzeOptions, device: torch.device) -> tuple[Evidence, Spectrum, str]:
+def _of_factors(
+    pair: WeightPair, options: AnalyzeOptions, device: torch.device, norms: Norms
+) -> tuple[Evidence, Spectrum, str]:
     """Decompose stored factors through QR, never formed densely."""
     assert isinstance(pair.tuned, LowRankSource)
-    spectrum = _spectrum_of_factors(pair.tuned, options.vectors, device)
-    if isinstance(pair.base, LowRankSource):
-        base_norm = math.sqrt(_spectrum_of_factors(pair.base, 0, device).energy) if pair.base.terms else None
+    spectrum = decompose_factors(read_low_rank(pair.tuned), vectors=options.vectors, device=device)
+    base_norm = norms.get(str(pair.key))
+    if base_norm is None:
+        base_norm = _norm_of(pair.base, device)
+    if base_norm is not None:
+        norms[str(pair.key)] = base_norm
+    return Evidence(spectrum, base_norm=base_norm, unrounded=True), spectrum, ""
+
+
+def _norm_of(source: MatrixSource | LowRankSource, device: torch.device) -> float | None:
+    """Return ‖·‖ of a base, or of the first of two adapters; None where that one has no factors here."""
+    if isinstance(source, MatrixSource):
+        norm = math.sqrt(energy_of(source, device=device))
+    elif source.terms:
+        norm = math.sqrt(decompose_factors(read_low_rank(source), device=device).energy)
     else:
-        base_norm = math.sqrt(energy_of(pair.base, device=device))
-    if base_norm is not None and not math.isfinite(base_norm):
+        return None
+    if not math.isfinite(norm):
         message = "the base holds NaN or infinity."
         raise NumericalError(message)
-    return Evidence(spectrum, base_norm=base_norm, low_rank=True), spectrum, ""
+    return norm
 
 
-def _spectrum_of_factors(source: LowRankSource, vectors: int, device: torch.device) -> Spectrum:
-    delta = read_low_rank(source)
+def decompose_factors(delta: LowRankDelta, *, device: torch.device, vectors: int = 0) -> Spectrum:
+    """Decompose ΔW = B·A through QR.
+
+    Parameters
+    ----------
+    delta : LowRankDelta
+    device : torch.device
+    vectors : int
+        How many top triplets to keep; fewer where values drown in the error bound.
+
+    Raises
+    ------
+    NumericalError
+        If a factor holds NaN or infinity, or the certificate Σσ² = ‖ΔW‖² is missed.
+    """
     lora_A, lora_B = delta.lora_A.to(device), delta.lora_B.to(device)
+    shape = (lora_B.shape[0], lora_A.shape[1])
     scale = float(lora_A.norm() * lora_B.norm())
     if not math.isfinite(scale):
         message = "its factors hold NaN or infinity."
@@ -153,9 +226,9 @@ def _spectrum_of_factors(source: LowRankSource, vectors: int, device: torch.devi
     if not abs(float(values.square().sum()) - energy) <= CERTIFICATE * scale**2:
         message = "the decomposition of its factors missed the certificate Σσ² = ‖·‖²."
         raise NumericalError(message)
-    bound = sum(source.view.shape) * EPS * scale
+    bound = sum(shape) * EPS * scale
     if not values.numel() or float(values[0]) <= bound:  # factors that cancel, an adapter against itself
-        return Spectrum(torch.zeros_like(values), source.view.shape, 0.0, "zero", bound)
+        return Spectrum(torch.zeros_like(values), shape, 0.0, "zero", bound)
     kept = min(vectors, int((values > bound).sum()))
     vector_pair = (left[:, :kept], right[:, :kept]) if vectors else (None, None)
-    return Spectrum(values, source.view.shape, float(values.square().sum()), "qr-of-factors", bound, *vector_pair)
+    return Spectrum(values, shape, float(values.square().sum()), "qr-of-factors", bound, *vector_pair)

@@ -17,10 +17,10 @@ from deltaspec.io.staging import Staging
 from deltaspec.io.writer import whole_file
 from deltaspec.options import MergeOptions
 from deltaspec.types import AdapterIndex, Checkpoint
-from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.changes import collect_changes
 from deltaspec.workflows.merge_report import MergeReport
 from deltaspec.workflows.rewrite import Rewrite
+from deltaspec.workflows.tasks import Step
 
 Given = str | Path | tuple[str | Path, float]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -168,6 +168,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     state: dict[str, Tensor] | None = None,
+    fresh: Collection[str] = (),
 ) -> Any:
     """Load a model in eval mode and without gradients; on the CPU it shares the mapped files' memory.
 
@@ -178,6 +179,8 @@ def load_model(
     device, dtype : where and in what it computes
     state : dict of Tensor, optional
         The weights, under the names of the checkpoint's files; read from them by default.
+    fresh : collection of str
+        Parameters of the model that may be missing: they are drawn, by torch's generator.
 
     Raises
     ------
@@ -199,7 +202,9 @@ def load_model(
         except Exception as cause:  # every model raises its own
             raise _refusal(checkpoint, "load the weights", cause) from cause
     # A pooler that was never stored changes no hidden state.
-    missing = sorted(key for key in info["missing_keys"] if not (kind.headless and key.startswith("pooler.")))
+    missing = sorted(
+        key for key in set(info["missing_keys"]) - set(fresh) if not (kind.headless and key.startswith("pooler."))
+    )
     if missing:
         message = (
             f"Cannot run '{checkpoint.ref}': {kind.cls.__name__} needs '{missing[0]}' and it holds no such weight "

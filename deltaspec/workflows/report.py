@@ -6,6 +6,7 @@ from typing import Any
 
 from deltaspec.pairing.plan import Plan
 from deltaspec.store.run import Run
+from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import LowRankSource
 
 
@@ -34,4 +35,15 @@ def run_to_json(run: Run) -> dict[str, Any]:
         "vectors": run.vectors,
         "failures": run.failures,
         "missing": run.missing,
+    }
+
+
+def trajectory_to_json(result: Trajectory) -> dict[str, Any]:
+    """Return all that a trajectory says as one JSON object."""
+    return {
+        "trajectory": str(result.path),
+        "checkpoints": result.manifest["checkpoints"],
+        "steps": [{"step": s, **run_to_json(run)} for s, run in zip(result.steps, result.runs, strict=True)],
+        "failures": result.failures,
+        "missing": result.missing,
     }

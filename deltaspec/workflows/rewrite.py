@@ -19,9 +19,9 @@ from deltaspec.io.writer import INDEX, SAVED, STORED, TORCH, whole_file, write_i
 from deltaspec.linalg.numerics import GRIDS
 from deltaspec.merging.apply import Loss
 from deltaspec.types import Checkpoint, Entry, MatrixKey, Shape
-from deltaspec.workflows.analyze import Step
 from deltaspec.workflows.effects import Changes
 from deltaspec.workflows.merged import Found, copy_tensor, merge_tensor
+from deltaspec.workflows.tasks import Step
 
 Files = dict[str, list[str]]
 

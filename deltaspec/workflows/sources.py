@@ -16,7 +16,8 @@ from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, WeightPair
-from deltaspec.workflows.analyze import Source, make_plan
+from deltaspec.workflows.analyze import make_plan
+from deltaspec.workflows.base import Source
 from deltaspec.workflows.rest import change_of
 
 FACTOR_DTYPES = {"F16": "fp16", "BF16": "bf16"}

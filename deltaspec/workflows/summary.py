@@ -11,6 +11,7 @@ from deltaspec.architecture.roles import ROLES
 from deltaspec.pairing.names import natural_order
 from deltaspec.spectra.metrics import counts_rounding
 from deltaspec.store.run import Run
+from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import MatrixRecord
 
 COLUMNS = (
@@ -54,6 +55,23 @@ def by_matrix(records: list[MatrixRecord]) -> list[dict[str, Any]]:
 
 
 VIEWS = {"role": by_role, "depth": by_depth, "matrix": by_matrix}
+
+
+def by_step(trajectory: Trajectory, view: str = "role") -> list[dict[str, Any]]:
+    """Return the rows of a run's table at each step, those of one role (depth, matrix) together.
+
+    Parameters
+    ----------
+    trajectory : Trajectory
+    view : str
+        Of ``VIEWS``: role, depth or matrix.
+    """
+    names = ("spectrum_of", "stack", "role", "depth", "matrix")
+    groups: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for step, run in zip(trajectory.steps, trajectory.runs, strict=True):
+        for row in VIEWS[view](run.records):
+            groups[tuple(row.get(name) for name in names)].append({"step": step, **row})
+    return [row for group in groups.values() for row in group]
 
 
 def _with_rounding(records: list[MatrixRecord]) -> set[str]:

@@ -12,7 +12,7 @@ from deltaspec.errors import DeltaspecError
 from deltaspec.io.matrix import read_tensor
 from deltaspec.pairing.plan import Plan, VectorPair
 from deltaspec.store.run import Run
-from deltaspec.types import TensorSpec
+from deltaspec.types import MatrixKey, TensorSpec
 from deltaspec.workflows.finite import describe_non_finite
 
 
@@ -47,10 +47,8 @@ def _read(spec: TensorSpec | None, rows: int | None) -> Tensor:
 
 def _compare(pair: VectorPair) -> tuple[dict[str, Any], str]:
     """Return one row, and the sentence that says why it is empty if it is."""
-    size = math.prod(pair.tuned.shape)
-    key = pair.key
-    row: dict[str, Any] = {"tensor": key.tensor, "role": key.role, "depth": key.depth, "stack": key.stack, "size": size}
-    empty: dict[str, Any] = {**row, "base_norm": None, "relative_norm": None, "unchanged_fraction": None}
+    row = _name(pair.key, math.prod(pair.tuned.shape))
+    empty = {**row, "base_norm": None, "relative_norm": None, "unchanged_fraction": None}
     try:
         base, tuned = _read(pair.base, pair.rows), _read(pair.tuned, pair.rows)
     except DeltaspecError as error:
@@ -59,7 +57,28 @@ def _compare(pair: VectorPair) -> tuple[dict[str, Any], str]:
         if spec is not None and not bool(torch.isfinite(values).all()):
             return empty, describe_non_finite(side, spec)
     change = tuned * pair.scaling if pair.scaling is not None else tuned - base
+    return row | _weigh(base, change), ""
+
+
+def _name(key: MatrixKey, size: int) -> dict[str, Any]:
+    return {"tensor": key.tensor, "role": key.role, "depth": key.depth, "stack": key.stack, "size": size}
+
+
+def _weigh(base: Tensor, change: Tensor) -> dict[str, Any]:
     norm = math.sqrt(float(base.square().sum()))
     relative = math.sqrt(float(change.square().sum())) / norm if norm else None
-    unchanged = float((change == 0).double().mean())
-    return {**row, "base_norm": norm, "relative_norm": relative, "unchanged_fraction": unchanged}, ""
+    return {"base_norm": norm, "relative_norm": relative, "unchanged_fraction": float((change == 0).double().mean())}
+
+
+def describe_change(key: MatrixKey, base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    """Return the row of one norm or bias of a running model, (d,) before and after; None where it is not finite.
+
+    Parameters
+    ----------
+    key : MatrixKey
+    base, tuned : Tensor, (d,), any float dtype
+    """
+    before, change = base.double(), tuned.double() - base.double()
+    found = _weigh(before, change)
+    finite = bool(torch.isfinite(change).all())
+    return _name(key, base.numel()) | (found if finite else dict.fromkeys(found))

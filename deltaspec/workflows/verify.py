@@ -21,8 +21,9 @@ from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.types import AdapterIndex, LowRankDelta, LowRankSource, MatrixSource, WeightPair
-from deltaspec.workflows.analyze import Step, make_plan
+from deltaspec.workflows.analyze import make_plan
 from deltaspec.workflows.finite import locate
+from deltaspec.workflows.tasks import Step
 from deltaspec.workflows.verify_config import left_out
 from deltaspec.workflows.verify_match import Check, check_twins, make_layout, match, read_claims, read_factors
 from deltaspec.workflows.verify_rest import check_claimed, check_rest, list_tuned

@@ -61,7 +61,7 @@ def test_nothing_above_the_edge_is_never_resolved():
 
 
 def test_stored_factors_have_no_rounding():
-    found = measure(evidence([2.0, 1.0], (9, 9), base_norm=1.0, low_rank=True))
+    found = measure(evidence([2.0, 1.0], (9, 9), base_norm=1.0, unrounded=True))
     assert (found["rounding_edge"], found["rank_above_rounding"], found["energy_above_rounding"]) == (0.0, 2, 1.0)
     assert found["resolved"] is True
     assert found["unchanged_fraction"] is None

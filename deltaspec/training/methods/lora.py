@@ -1,77 +1,195 @@
-"""LoRA: ΔW = scaling · B·A beside a frozen matrix."""
+"""LoRA: ΔW = scaling · B·A beside a frozen matrix; rsLoRA, DoRA, PiSSA and LoRA+ are options of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaspec.errors import OptionError
 from deltaspec.training.adapted import Update
-from deltaspec.training.attachment import Attachment, Method, check_ranks, make_parameter
-from deltaspec.training.sites import Site, base_matrix, module_at
+from deltaspec.training.attachment import PREFIX, Attachment, Group, Method, check_ranks, fill
+from deltaspec.training.methods.lora_peft import from_peft, to_peft
+from deltaspec.training.methods.lora_update import BiasUpdate, LoraUpdate
+from deltaspec.training.sites import Site, kind_of, list_modules, list_sites, module_at
+from deltaspec.types import MatrixKey, View
+
+START = (".pissa_A", ".pissa_B")
+HEADS = ("classifier", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
-    """What LoRA adds."""
+    """What LoRA adds.
+
+    Parameters
+    ----------
+    rank : int
+        r of each update.
+    alpha : float
+        α: the update is scaled by α/r, or by α/√r.
+    rslora : bool
+        Scale by α/√r (Kalajdzievski, arXiv:2312.03732).
+    dora : bool
+        Learn the length of each output's row apart from its direction (Liu et al., arXiv:2402.09353).
+    init : str
+        ``kaiming`` starts at ΔW = 0 with a random A; ``pissa`` with the base's top singular directions, which the base
+        lacks meanwhile (Meng et al., arXiv:2404.02948); embeddings always start as under ``kaiming``.
+    dropout : float
+        Of the update's input, in training mode; embeddings have none.
+    bias : str
+        Biases trained beside: ``none``, ``lora_only`` (of adapted modules) or ``all`` (but those of heads).
+    lora_bias : bool
+        Train a bias of B, scaled with it.
+    lr_ratio : float
+        λ of LoRA+: learning rate of B = λ · that of A (Hayou et al., arXiv:2402.12354).
+    patterns : mapping of str to (int, float)
+        Rank and α of single sites by name, where they are others.
+    """
 
     rank: int = 8
     alpha: float = 16.0
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    dropout: float = 0.0
+    bias: str = "none"
+    lora_bias: bool = False
+    lr_ratio: float = 1.0
+    patterns: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        for rank, alpha in ((self.rank, self.alpha), *self.patterns.values()):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                message = f"--rank is {rank}: expected a whole number from 1."
+                raise OptionError(message)
+            if not (math.isfinite(alpha) and alpha > 0):
+                message = f"--alpha is {alpha}: expected a number above 0."
+                raise OptionError(message)
+        if not 0 <= self.dropout < 1:
+            message = f"--dropout is {self.dropout}: expected 0 or more, and less than 1."
+            raise OptionError(message)
+        if not (math.isfinite(self.lr_ratio) and self.lr_ratio > 0):
+            message = f"--lr-ratio is {self.lr_ratio}: expected a number above 0; 1 is plain LoRA, LoRA+ takes 16."
+            raise OptionError(message)
+        for name, value, known in (
+            ("init", self.init, ("kaiming", "pissa")),
+            ("bias", self.bias, ("none", "lora_only", "all")),
+        ):
+            if value not in known:
+                message = f"--{name} is '{value}': expected one of {', '.join(known)}."
+                raise OptionError(message)
+        if self.lora_bias and (self.dora or self.init != "kaiming"):
+            message = "--lora-bias goes with neither --dora nor --init pissa: leave one of them out."
+            raise OptionError(message)
+
+    def rank_at(self, name: str) -> int:
+        """Return the rank of one site."""
+        return self.patterns[name][0] if name in self.patterns else self.rank
+
+    def scaling_at(self, name: str) -> float:
+        """Return α/r, or α/√r, of one site."""
+        rank, alpha = self.patterns.get(name, (self.rank, self.alpha))
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+class LoraAttachment(Attachment):
+    """LoRA at every site, and the biases that are trained beside it."""
 
     @property
-    def scaling(self) -> float:
-        """α/r."""
-        return self.alpha / self.rank
+    def sites(self) -> list[Site]:
+        """Where matrices change."""
+        return [update.site for update in self.updates.values() if isinstance(update, LoraUpdate)]
 
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy stored tensors in; PiSSA's start may be missing, as in PEFT's files, and is then the base's own.
 
-class LoraUpdate(Update):
-    """lora_A (r, d_in) and lora_B (d_out, r) of one site."""
+        Raises
+        ------
+        CheckpointError
+            If another one is missing, one is unknown, or one has another shape.
+        """
+        state = self.state()
+        fill(state, {name: tensor for name, tensor in state.items() if name.endswith(START)} | dict(tensors))
 
-    def __init__(self, site: Site, base: nn.Module, options: LoraOptions, generator: torch.Generator) -> None:
-        super().__init__(site)
-        self.options = options
-        weight = base_matrix(base, site)
-        (d_out, d_in), r = site.shape, options.rank
-        bound = 1 / math.sqrt(d_in)
-        self.lora_A = make_parameter((r, d_in), weight, lambda t: t.uniform_(-bound, bound, generator=generator))
-        self.lora_B = make_parameter((d_out, r), weight)
+    def groups(self) -> list[Group]:
+        """Return B at λ times the learning rate; lengths and biases without decay, which would pull them to zero."""
+        found: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.trained().items():
+            of_B = name.removesuffix(".bias").removesuffix(".weight").endswith(("lora_B", "lora_embedding_B"))
+            key = (self.options.lr_ratio if of_B else 1.0, parameter.ndim > 1)
+            found.setdefault(key, []).append(parameter)
+        return [Group(tuple(own), factor, decay) for (factor, decay), own in found.items()]
 
-    def forward(self, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
-        """Return y + weight · scaling · x Aᵀ Bᵀ; B·A is never formed."""
-        h = F.linear(x.to(self.lora_A.dtype), self.lora_A) * (weight * self.options.scaling)
-        return y + F.linear(h, self.lora_B).to(y.dtype)
+    def released(self) -> dict[str, Tensor]:
+        """Return PEFT's tensors of an adapter of the base as it is; those of PiSSA have twice its rank."""
+        found: dict[str, Tensor] = {}
+        for name, update in self.updates.items():
+            own = (
+                update.released(pissa=self.options.init == "pissa")
+                if isinstance(update, LoraUpdate)
+                else update.tensors()
+            )
+            found |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in own.items()}
+        return found
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and scaling · B."""
-        return self.lora_A, self.options.scaling * self.lora_B
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return both factors under PEFT's names."""
-        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+    def stored(self) -> int:
+        """Count what a released adapter holds: under PiSSA more than is trained."""
+        return sum(tensor.numel() for tensor in self.released().values())
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: LoraOptions, *, name: str, seed: int) -> Attachment:
-    """Put LoRA at every site."""
-    check_ranks(sites, options.rank)
+    """Put LoRA at every site.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, on any device (meta too).
+    sites : sequence of Site
+    options : LoraOptions
+    name : str
+        Of the adapter.
+    seed : int
+        Of the factors' start.
+
+    Raises
+    ------
+    OptionError
+        If a rank exceeds its site, or a site or a bias cannot be trained as asked.
+    """
+    for site in sites:
+        check_ranks([site], options.rank_at(site.name))
+        if options.lora_bias and site.kind == "embedding":
+            message = f"--lora-bias is set, but '{site.name}' is an embedding: leave it out of --targets."
+            raise OptionError(message)
     generator = torch.Generator().manual_seed(seed)
-    updates = [LoraUpdate(site, module_at(model, site.path), options, generator) for site in sites]
-    return Attachment(model, updates, name=name, method="lora", options=options)
+    updates: list[Update] = [LoraUpdate(site, module_at(model, site.path), options, generator) for site in sites]
+    if options.bias != "none":
+        whole = {site.path for site in sites if site.whole}
+        paths = {site.path for site in sites} if options.bias == "lora_only" else None
+        updates += [BiasUpdate(site, module_at(model, site.path)) for site in _bias_sites(model, paths, whole)]
+    return LoraAttachment(model, updates, name=name, method="lora", options=options)
 
 
-def to_peft(options: LoraOptions) -> dict[str, Any]:
-    """Return the fields of PEFT's LoraConfig."""
-    return {"r": options.rank, "lora_alpha": options.alpha}
-
-
-def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LoraOptions:
-    """Read PEFT's LoraConfig."""
-    del shapes
-    return LoraOptions(config["r"], config["lora_alpha"])
+def _bias_sites(model: nn.Module, paths: set[str] | None, done: set[str]) -> list[Site]:
+    """Find the biases of these modules, or of all outside of heads; not of those whose LoRA has one itself."""
+    own = {path: bias for path, module in list_modules(model) if (bias := module._parameters.get("bias")) is not None}
+    heads = {site.path for site in list_sites(model, split=False) if site.key.role in HEADS}
+    tied = {id(own[path]) for path in heads & own.keys()}
+    found = []
+    for path, bias in own.items():
+        if path in done or (path not in paths if paths is not None else id(bias) in tied):
+            continue
+        module = module_at(model, path)
+        if not kind_of(module) and "Norm" not in type(module).__name__:
+            message = f"--bias is all, but that of '{path}', a {type(module).__name__}, cannot be: pass lora_only."
+            raise OptionError(message)
+        found.append(Site(path, "bias", MatrixKey(f"{path}.bias", role="bias"), (len(bias), 1), View((len(bias), 1))))
+    return found
 
 
 METHOD = Method(

@@ -1,0 +1,42 @@
+"""``deltaspec analyze`` of several checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import click
+
+from deltaspec.cli.progress import Progress
+from deltaspec.cli.stop import stoppable
+from deltaspec.cli.table import render_steps, table
+from deltaspec.options import AnalyzeOptions
+
+
+def analyze_steps(
+    base: str,
+    checkpoints: tuple[str, ...],
+    out: str | None,
+    *,
+    options: AnalyzeOptions,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Analyse every checkpoint and print rank against training step; exit code 1 if some of it failed."""
+    from deltaspec.workflows.report import trajectory_to_json
+    from deltaspec.workflows.trajectory import plan_steps, trajectory
+
+    if dry_run:
+        rows = plan_steps(base, checkpoints, options)
+        click.echo(json.dumps(rows) if as_json else table(rows))
+        return
+    with stoppable(), Progress(quiet=quiet) as progress:
+        found = trajectory(base, checkpoints, out, options=options, progress=progress)
+    click.echo(json.dumps(trajectory_to_json(found), ensure_ascii=False) if as_json else render_steps(found))
+    if not as_json:
+        click.echo(f"\nTrajectory: {found.path}  (deltaspec show, export, plot)")
+    failed = len(found.failures) + sum(len(run.failures) for run in found.runs)
+    if failed:
+        click.echo(f"Failed: {failed} checkpoints or tensors; the others are stored in {found.path}.", err=True)
+        sys.exit(1)

@@ -1,0 +1,97 @@
+"""Adapters of any training method on disk: a folder with a config and a safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from deltaspec.errors import CheckpointError
+from deltaspec.io import hub, shards
+from deltaspec.io.peft import CONFIG, WEIGHTS
+from deltaspec.io.pickled import DTYPES
+from deltaspec.io.writer import SAVED, whole_file, write_safetensors
+from deltaspec.training.attachment import Attachment
+from deltaspec.training.peft import adapter_config, adapter_tensors, attach_stored, head_tensors
+from deltaspec.types import Entry
+
+
+def save_adapter(
+    folder: Path, attachment: Attachment, *, base: str, task_type: str | None, heads: Mapping[str, Tensor]
+) -> None:
+    """Write an adapter's two files, each whole or not at all; what is there under their names is replaced.
+
+    Parameters
+    ----------
+    folder : Path
+        Made if it is not there. The config comes last: a folder without it is no adapter.
+    attachment : Attachment
+    base : str
+        Of the base model: a path or a hub id.
+    task_type : str, optional
+        PEFT's: CAUSAL_LM, SEQ_CLS, …
+    heads : mapping of str to Tensor
+        Parameters of the model that are stored whole, by their names in it.
+
+    Raises
+    ------
+    RunError
+        If the folder cannot be written.
+    """
+    tensors = adapter_tensors(attachment) | head_tensors(attachment, heads)
+    kinds = {name: DTYPES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    entries = [
+        Entry(name, tuple(t.shape), kinds[name], partial(tensors.__getitem__, name)) for name, t in tensors.items()
+    ]
+    config = adapter_config(attachment, base=base, task_type=task_type, heads=list(heads))
+    write_safetensors(folder / WEIGHTS[0], entries, metadata=SAVED)
+    with whole_file(folder / CONFIG) as stream:
+        stream.write(json.dumps(config, indent=2).encode())
+
+
+def load_adapter(model: nn.Module, ref: str | Path, *, name: str = "default") -> Attachment:
+    """Attach an adapter that deltaspec or PEFT saved; nothing pickled is ever read.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its base; left as it was where the adapter does not fit.
+    ref : str or Path
+        A folder, or a hub id ``owner/name[@revision]``. What exists on disk is never taken for a hub id.
+    name : str
+        Of the adapter on this model.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not there, damaged, of an unknown type, or belongs to another model.
+    OptionError
+        If the name is taken, or the model's adapters are merged or mixed.
+    """
+    folder = _find(ref)
+    config = shards.read_json(folder / CONFIG)
+    file = folder / WEIGHTS[0]
+    if not file.is_file():
+        message = f"Cannot open '{folder}': expected '{WEIGHTS[0]}' beside '{CONFIG}'; convert it to safetensors."
+        raise CheckpointError(message)
+    specs, _ = shards.list_tensors(file)
+    try:
+        return attach_stored(model, config, {key: shards.load_tensor(spec) for key, spec in specs.items()}, name=name)
+    except CheckpointError as cause:
+        cause.add_note(f"The adapter is '{folder}'.")
+        raise
+
+
+def _find(ref: str | Path) -> Path:
+    """Return the folder of an adapter, from the hub where there is none here."""
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    found = None if isinstance(ref, Path) else hub.parse_id(ref, suffixes=(".safetensors", ".json", *shards.PICKLED))
+    if found is None or path.exists():
+        message = f"Cannot open '{ref}': expected a folder with '{CONFIG}' and '{WEIGHTS[0]}', or a hub id owner/name."
+        raise CheckpointError(message)
+    return hub.fetch(*found)[0]

@@ -1,0 +1,191 @@
+"""Stored adapters that are not plain LoRA: attached to the running base, and analysed there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaspec.errors import AdapterError, CheckpointError, PairingError
+from deltaspec.io import pickled, shards
+from deltaspec.io.matrix import read_tensor
+from deltaspec.io.open import identify_source
+from deltaspec.io.peft import CONFIG, WEIGHTS
+from deltaspec.options import AnalyzeOptions
+from deltaspec.pairing.homes import find_homes
+from deltaspec.pairing.names import align_names
+from deltaspec.pairing.plan import Plan
+from deltaspec.store.run import Run
+from deltaspec.training.attachment import PREFIX, Attachment
+from deltaspec.training.methods import METHODS
+from deltaspec.training.peft import attach_stored
+from deltaspec.training.sites import list_modules
+from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.workflows.base import Base
+from deltaspec.workflows.live import Sides, refuse_activations, run_live
+from deltaspec.workflows.tasks import Step, default_path
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A stored adapter on its running base, which may carry several at once; detach ``attachment`` after use.
+
+    ``names`` maps the running model's matrices to the base's own names. ``tuned`` says which files it is from, as a
+    manifest does. ``whole`` are tensors that stayed out.
+    """
+
+    attachment: Attachment
+    names: dict[str, str]
+    tuned: dict[str, Any]
+    notes: list[str]
+    whole: list[str]
+
+
+def analyze_attached(
+    base: Base,
+    refused: AdapterError,
+    out: str | Path | None = None,
+    *,
+    ref: str,
+    options: AnalyzeOptions,
+    progress: Callable[[Step], None] | None = None,
+    sibling: Run | None = None,
+) -> Run:
+    """Attach a stored adapter of any method to its running base, and analyse what it changes there.
+
+    Parameters
+    ----------
+    base : Base
+    refused : AdapterError
+        What opening the adapter said; it knows the folder.
+    out, options, progress, sibling
+        As of ``analyze_against``.
+    ref : str
+        The adapter, as it was asked for.
+
+    Raises
+    ------
+    PairingError, CheckpointError
+        As of ``attach_adapter``.
+    """
+    found = attach_adapter(base, refused, ref=ref, name="analysed")
+    try:
+        skipped = [{"tensor": n, "reason": "stored whole in the adapter, beside its updates"} for n in found.whole]
+        sides = Sides(identify_source(base.source), found.tuned, found.names, found.notes, skipped)
+        path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": options.identity()})
+        return run_live(
+            found.attachment, path, sides, options=options, norms=base.norms, progress=progress, sibling=sibling
+        )
+    finally:
+        found.attachment.detach()
+
+
+def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str) -> Attached:
+    """Attach a stored adapter of any method that changes weights to its running base.
+
+    Parameters
+    ----------
+    base : Base
+    refused : AdapterError
+        What opening the adapter said; it knows the folder.
+    ref : str
+        The adapter, as it was asked for.
+    name : str
+        Of the adapter on the model, unlike any other there.
+
+    Raises
+    ------
+    PairingError
+        If the method changes no weights, or the base is an adapter itself.
+    CheckpointError
+        If no method of ours reads it, or it does not fit the base.
+    """
+    folder = refused.folder
+    config = shards.read_json(folder / CONFIG)
+    method = _method_of(config)
+    if method is None:
+        raise refused
+    refuse_activations(method)
+    if isinstance(base.source, AdapterIndex):
+        message = f"The base {base.source.ref} is an adapter and {ref} one of {method}: pass the base model itself."
+        raise PairingError(message)
+    file = next((folder / weights for weights in WEIGHTS if (folder / weights).is_file()), None)
+    if file is None:
+        raise refused
+    stored, model = _read(file), base.run()
+    tensors, whole, notes = _fit(stored, dict(list_modules(model)))
+    try:
+        attachment = attach_stored(model, config, tensors, name=name)
+    except CheckpointError as cause:
+        cause.add_note(f"The adapter is '{folder}'.")
+        raise
+    index = AdapterIndex(ref, folder, (file,), {}, {}, {}, config=config)
+    return Attached(
+        attachment,
+        _own_names(base.source, [site.key.tensor for site in attachment.sites]),
+        {**identify_source(index), "live": True, "method": attachment.method},
+        [*notes, f"the adapter is one of {method}: attached to the running base"],
+        whole,
+    )
+
+
+def _method_of(config: Mapping[str, Any]) -> str | None:
+    """Name the method of a stored adapter by its config; None where none of ours reads it."""
+    own = config.get("method")
+    if isinstance(own, str) and own in METHODS:
+        return own
+    kind = config.get("peft_type")
+    return next((name for name, method in METHODS.items() if method.peft and method.peft == kind), None)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    room = shards if file.name.endswith(".safetensors") else pickled
+    tensors, _ = shards.gather([file], room.list_tensors)
+    return {name: read_tensor(spec) for name, spec in tensors.items()}
+
+
+def _fit(
+    stored: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Give an adapter's tensors the paths of this model, which may lack the head that the adapter was trained with.
+
+    Returns
+    -------
+    tensors : dict of str to Tensor
+        What is to be attached: updates, and biases that are stored whole.
+    whole : list of str
+        Names of tensors that stay out: of modules that the model lacks, and its own matrices.
+    notes : list of str
+    """
+    owners = {name: _outer(name.removeprefix(PREFIX)) for name in stored if name.startswith(PREFIX)}
+    mapping, note = align_names(modules, {path for paths in owners.values() for path in paths})
+    places = {path: own for own, path in mapping.items()}
+    tensors = {name: tensor for name, tensor in stored.items() if name not in owners}  # what all updates share
+    whole = []
+    for name, paths in owners.items():
+        path = next((path for path in paths if path in places), None)
+        rest = "" if path is None else name.removeprefix(f"{PREFIX}{path}.")
+        if path is None or (stored[name].ndim > 1 and rest in modules[places[path]]._parameters):
+            whole.append(name.removeprefix(PREFIX))
+        else:
+            tensors[f"{PREFIX}{places[path]}.{rest}"] = stored[name]
+    return tensors, whole, [note] if note else []
+
+
+def _outer(name: str) -> list[str]:
+    """List the dotted paths that a tensor may lie under, the longest first."""
+    pieces = name.split(".")
+    return [".".join(pieces[:count]) for count in range(len(pieces) - 1, 0, -1)]
+
+
+def _own_names(base: Checkpoint, tensors: list[str]) -> dict[str, str]:
+    """Map the running model's names of matrices to those that the base stores them under, where one is one."""
+    homes = find_homes(base, tensors, Plan())
+    return {
+        name: found[0][0]
+        for name, found in homes.items()
+        if len(found) == 1 and found[0][1].parts == 1 and found[0][1].expert is None
+    }
