@@ -27,8 +27,8 @@ HEADS = {
 }
 LEGEND = """learned: {metric} on held-out data ({before} before); forgotten: {kept}.
 Medians over the matrices that changed: eff. rank; overlap: φ of the top right singular vectors of ΔW with full
-fine-tuning's, and of random ones; amplif.: ‖ΔW‖/‖UᵀWV‖, and that of random directions. intruders (mean): of the first 10
-left vectors of W + ΔW those unlike any of W, and for random directions of the same σ: read the difference, not the count."""
+fine-tuning's, and of random ones; amplif.: ‖ΔW‖/‖UᵀWV‖, and that of random directions. intruders (mean): of the first
+10 left vectors of W + ΔW those unlike any of W, and those for the same σ in random directions: compare the two."""
 
 
 def render_comparison(rows: Sequence[dict[str, Any]]) -> str:

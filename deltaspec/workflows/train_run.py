@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,6 +25,7 @@ from deltaspec.workflows.train_model import prepare_model
 from deltaspec.workflows.train_plan import Plan
 from deltaspec.workflows.train_save import save_trained
 
+RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 PACKAGES = ("deltaspec", "torch", "transformers", "accelerate", "datasets")
 
 
@@ -58,8 +61,7 @@ class Training:
     def run(self, progress: Callable[[Tick], None] | None) -> dict[str, Any]:
         """Train to the end, and return the report; NumericalError where memory runs out or a loss is no number."""
         loop, found = self.plan.recipe.loop, self.accelerator
-        if found.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(found.device)
+        _reset_peak(found.device)
         batches = Batches(
             self.plan.train,
             size=loop.batch,
@@ -173,9 +175,22 @@ def _is_memory(cause: Exception) -> bool:
     return isinstance(cause, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(cause)
 
 
+def _reset_peak(device: torch.device) -> None:
+    """Forget what this process held at most before, where the system can (CUDA; Linux's VmHWM)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif RESET.exists():
+        with suppress(OSError):
+            RESET.write_text("5")
+
+
 def _peak_memory(device: torch.device) -> int:
     """Return the bytes that this process held at most: on a CUDA device, of its memory, else of the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    if STATUS.exists():
+        peak = next((line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")), "")
+        if peak:
+            return int(peak.split()[1]) * 1024
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
