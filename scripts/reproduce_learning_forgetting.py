@@ -51,8 +51,8 @@ def main() -> None:
     start, done = time.monotonic(), []
     for number, seed in enumerate(options.seeds):
         spent = time.monotonic() - start
-        # The first seed trains each method four times, the others once; some time is for the analyses.
-        if number and spent + (spent / 3 if number == 1 else spent / (number + 2)) > 60 * (options.minutes - 6):
+        # The first seed trains each method three times, the others once; some time is for the analyses.
+        if number and spent + spent / (number + 2) > 60 * (options.minutes - 6):
             print(f"Seed {seed} and later ones are left out: {spent / 60:.0f} minutes are over.", file=sys.stderr)
             break
         done += [(label, train(label, options, seed=seed)) for label in METHODS]
@@ -102,32 +102,25 @@ def train(label: str, options: argparse.Namespace, *, seed: int) -> Path:
     """Train one method; the first seed tries every rate, the others take the best of them."""
     method, fields, rates = METHODS[label]
     place = options.work / label.replace(" ", "-").replace("=", "")
-    given = {
-        "method": method,
-        "method_options": fields,
-        "data_options": DataOptions(
-            text="3", label="2>0", length=48, cut=True, holdout=0.25, limit=options.rows, seed=seed
-        ),
-    }
-    loop = LoopOptions(steps=options.steps, batch=32, warmup=0.1, seed=seed)
-    data = options.data / "vader_movie_snippets.tsv"
-    search, rate = place / f"seed-{options.seeds[0]}-rates", rates[1]
-    if not options.quick:
-        if seed == options.seeds[0]:
-            apart(deltaspec.train, options.model, data, search, **given, loop=loop, rates=rates)
-        report = json.loads((search / "train.json").read_text(encoding="utf-8"))
+    first, rate = seed == options.seeds[0], rates[1]
+    if not first:
+        report = json.loads((place / f"seed-{options.seeds[0]}" / "train.json").read_text(encoding="utf-8"))
         rate = next(row["lr"] for row in report["runs"] if row["folder"] == report["best"])
-    tracked = label in TRACKED and seed == options.seeds[0]
     apart(
         deltaspec.train,
-        *(options.model, data, place / f"seed-{seed}"),
-        **given,
-        loop=replace(loop, lr=rate),
-        run=RunOptions(checkpoint_every=max(1, options.steps // 6) if tracked else 0),
+        *(options.model, options.data / "vader_movie_snippets.tsv", place / f"seed-{seed}"),
+        method=method,
+        method_options=fields,
+        data_options=DataOptions(
+            text="3", label="2>0", length=32, cut=True, holdout=0.25, limit=options.rows, seed=seed
+        ),
+        loop=LoopOptions(lr=rate, steps=options.steps, batch=32, warmup=0.1, seed=seed),
+        rates=rates if first and not options.quick else (),
+        run=RunOptions(checkpoint_every=max(1, options.steps // 6) if first and label in TRACKED else 0),
         forget=options.data / "banking77_test.csv",
-        forget_options=DataOptions(text="text", label="category", length=48, cut=True, limit=options.kept),
+        forget_options=DataOptions(text="text", label="category", length=32, cut=True, limit=options.kept),
     )
-    print(f"{label}, seed {seed}: lr {rate:g}", file=sys.stderr, flush=True)
+    print(f"{label}, seed {seed}", file=sys.stderr, flush=True)
     return place / f"seed-{seed}"
 
 
