@@ -39,7 +39,7 @@ DEFAULT = {field.name: field.default for field in fields(AnalyzeOptions)}
 @click.option(
     "--memory", default=DEFAULT["memory"], metavar="BYTES", help="Memory in flight; 0: 4 × the largest matrix in fp64."
 )
-@click.option("--dry-run", is_flag=True, help="Print what would be compared, read headers only.")
+@click.option("--dry-run", is_flag=True, help="Print what would be compared, read no weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def analyze(
@@ -68,11 +68,12 @@ def analyze(
         analyze_steps(base, tuned, out, options=options, dry_run=dry_run, as_json=as_json, quiet=quiet)
         return
     from deltaspec.workflows.analyze import analyze as run_analysis
-    from deltaspec.workflows.analyze import make_plan
+    from deltaspec.workflows.analyze import plan_analysis
+    from deltaspec.workflows.base import Base
     from deltaspec.workflows.report import plan_to_json, run_to_json
 
     if dry_run:
-        plan = make_plan(base, tuned[0], options)[0]
+        plan = plan_analysis(Base(base), tuned[0], options)
         click.echo(json.dumps(plan_to_json(plan)) if as_json else render_plan(plan))
         return
     with stoppable(), Progress(quiet=quiet) as progress:

@@ -39,9 +39,13 @@ def compare(
     """Put the trainings OUT… of one base side by side: what each learned, forgot, cost and changed."""
     options = CompareOptions(**given)  # type: ignore[arg-type]
     from deltaspec.cli.compare_table import render_comparison
+    from deltaspec.plots.style import find_venue
     from deltaspec.workflows.compare import compare as run_comparison
     from deltaspec.workflows.compare import draw_comparison
+    from deltaspec.workflows.plot import check_formats
 
+    check_formats(formats.split(","))  # before the long work
+    find_venue(style)
     with stoppable(), Progress(quiet=quiet) as progress:
         rows = run_comparison(folders, out, options=options, progress=progress)
         figures = draw_comparison(rows, out, formats=formats.split(","), style=style)

@@ -12,7 +12,9 @@ HEADS = {
     "lr": "lr",
     "seed": "seed",
     "trainable": "trainable",
+    "head": "+ head",
     "stored": "stored",
+    "learned_before": "before",
     "learned": "learned",
     "forgotten": "forgotten",
     "seconds_per_step": "s/step",
@@ -25,10 +27,11 @@ HEADS = {
     "amplification": "amplif.",
     "amplification_null": "null",
 }
-LEGEND = """learned: {metric} on held-out data ({before} before); forgotten: {kept}.
-Medians over the matrices that changed: eff. rank; overlap: φ of the top right singular vectors of ΔW with full
-fine-tuning's, and of random ones; amplif.: ‖ΔW‖/‖UᵀWV‖, and that of random directions. intruders (mean): of the first
-10 left vectors of W + ΔW those unlike any of W, and those for the same σ in random directions: compare the two."""
+LEGEND = """learned: {metric} on held-out data, the base before; forgotten: {kept}.
+Medians over the blocks' matrices that changed: eff. rank; overlap: φ of the top right singular vectors of ΔW with full
+fine-tuning's, and of random ones; amplif.: ‖ΔW‖/‖UᵀWV‖ in ΔW's top directions, and in random ones.
+intruders (mean): of the first 10 left vectors of W + ΔW those unlike any of W, and those for the same σ in random
+directions: compare the two."""
 
 
 def render_comparison(rows: Sequence[dict[str, Any]]) -> str:
@@ -41,23 +44,19 @@ def render_comparison(rows: Sequence[dict[str, Any]]) -> str:
         )
         for line in lines
     ]
-    first = rows[0]
-    kept = {"perplexity": "perplexity gained on other data", None: "not measured"}
-    legend = LEGEND.format(
-        metric=first["metric"],
-        before=_cell("learned", first["learned_before"]),
-        kept=kept.get(first["kept_metric"], "accuracy lost by a probe on other data"),
-    )
+    kept = {"perplexity": "perplexity gained on other data", "accuracy": "accuracy lost by a probe on other data"}
+    measured = next((row["kept_metric"] for row in rows if row["kept_metric"]), "")
+    legend = LEGEND.format(metric=rows[0]["metric"], kept=kept.get(measured, "not measured"))
     return "\n".join([*(line.rstrip() for line in shown), "", legend])
 
 
 def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
-    if name in ("trainable", "stored"):
+    if name in ("trainable", "head", "stored"):
         return f"{value:,}"
     if name == "peak_memory":
         return f"{value / 2**20:,.0f} MiB"
-    if name in ("learned", "forgotten"):
+    if name in ("learned", "learned_before", "forgotten"):
         return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"
     return f"{value:.3g}" if isinstance(value, float) else printable(str(value))

@@ -49,8 +49,10 @@ def render_counts(counts: Counts) -> str:
     sums.append(["stored", f"{counts.stored:,}", f"{_bytes(size['stored'])} in fp32"])
     sums.append(["total", f"{counts.total:,}", counts.model])
     sums.append(["AdamW", "", f"{_bytes(size['optimizer'])} of moments"])
-    left_out = describe_left_out(counts.left_out)
-    return "\n\n".join(filter(None, [_align(rows, right={1, 3}), _align(sums, right={1}), left_out]))
+    note, left_out = "", describe_left_out(counts.left_out)
+    if counts.method == "vblora" and counts.released > counts.stored:
+        note = f"Note: stored counts what --save-topk releases; released without it, it holds {counts.released:,}."
+    return "\n\n".join(filter(None, [_align(rows, right={1, 3}), _align(sums, right={1}), note, left_out]))
 
 
 def _align(rows: list[list[str]], *, right: set[int]) -> str:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 HEARTBEAT, REDRAW = 30.0, 0.5
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Write a time as minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
 
@@ -65,6 +66,6 @@ class Progress:
             return "starting"
         elapsed = max(time.monotonic() - self._start, 1e-9)
         rate = f"{step.weights_done / elapsed / 1e6:.1f} M weights/s"
-        left = _clock(elapsed * (step.work_total / step.work_done - 1)) if step.work_done else "?"
+        left = clock(elapsed * (step.work_total / step.work_done - 1)) if step.work_done else "?"
         failed = f", {step.failed} failed" if step.failed else ""
-        return f"{step.done}/{step.total} matrices{failed}, {rate}, {_clock(elapsed)} gone, {left} left"
+        return f"{step.done}/{step.total} matrices{failed}, {rate}, {clock(elapsed)} gone, {left} left"

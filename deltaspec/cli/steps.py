@@ -38,5 +38,5 @@ def analyze_steps(
         click.echo(f"\nTrajectory: {found.path}  (deltaspec show, export, plot)")
     failed = len(found.failures) + sum(len(run.failures) for run in found.runs)
     if failed:
-        click.echo(f"Failed: {failed} checkpoints or tensors; the others are stored in {found.path}.", err=True)
+        click.echo(f"Failed: {failed} of the checkpoints or tensors; the others are stored in {found.path}.", err=True)
         sys.exit(1)

@@ -111,6 +111,7 @@ def render_steps(trajectory: Trajectory, view: str = "role") -> str:
     parts = [table(rows), STEPS_LEGEND] if rows else ["No matrix has a result."]
     if any(row["rounding"] for row in rows):
         parts.append(ROUNDING)
+    parts += [note] if (note := _describe_vectors(trajectory)) else []
     said = [f"Failed: step {step}: {message}" for step, message in trajectory.failures.items()]
     for step, run in zip(trajectory.steps, trajectory.runs, strict=True):
         said += [f"Failed: step {step}: {message}" for message in run.failures.values()]
@@ -120,6 +121,19 @@ def render_steps(trajectory: Trajectory, view: str = "role") -> str:
         f"Unfinished: step {step} has no result yet; run the same command to go on." for step in trajectory.missing
     ]
     return "\n\n".join([*parts, *map(printable, said)])
+
+
+def _describe_vectors(trajectory: Trajectory) -> str:
+    """Say where a training changed vectors alone: their table says nothing; "" where matrices changed too."""
+    if any(record.metrics["frobenius_norm"] for run in trajectory.runs for record in run.records):
+        return ""
+    changed: dict[str, set[str]] = {}
+    for run in trajectory.runs:
+        for row in run.vectors:
+            if row["unchanged_fraction"] not in (None, 1):
+                changed.setdefault(row["role"], set()).add(row["tensor"])
+    said = ", ".join(f"{len(names)} of role {role}" for role, names in changed.items())
+    return f"No matrix changed, only vectors: {said}; deltaspec show of a step's folder lists them." if said else ""
 
 
 def _remarks(run: Run) -> list[str]:

@@ -13,6 +13,7 @@ from deltaspec.errors import OptionError
 from deltaspec.options.training import PRECISIONS, SAVED, SCHEDULES, TASKS, DataOptions, LoopOptions, RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+FORGET = ("text", "label", "limit")
 KINDS = (DataOptions, LoopOptions, RunOptions)
 HELP = {
     "task": f"{', '.join(TASKS)}.",
@@ -61,13 +62,16 @@ def parse_training(given: dict[str, Any]) -> dict[str, Any]:
     OptionError
         If one makes no sense.
     """
+    if given["forget"] is None and (unused := [n for n in FORGET if given[f"forget_{n}"] is not None]):
+        message = f"--forget-{unused[0]} says how --forget is read: pass --forget with it."
+        raise OptionError(message)
     rates = _parse_rates(given.pop("lr"))
     method, chosen = parse_method(given)
     targets = parse_targets(given)
     named = {name: given.pop(name) for name in HELP}
     settings = [{field.name: named[field.name] for field in fields(kind) if field.name in named} for kind in KINDS]
     data, loop, run = DataOptions(**settings[0]), LoopOptions(lr=rates[0], **settings[1]), RunOptions(**settings[2])
-    others = {name: given.pop(f"forget_{name}") for name in ("text", "label", "limit")}
+    others = {name: given.pop(f"forget_{name}") for name in FORGET}
     other = replace(data, **{name: value for name, value in others.items() if value is not None})
     return {
         "method": method,
@@ -83,7 +87,8 @@ def parse_training(given: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_rates(text: str) -> list[float]:
     try:
-        return [float(piece) for piece in text.split(",")]
+        rates = [float(piece) for piece in text.split(",")]
     except ValueError as cause:
         message = f"--lr is '{text}': expected a number such as 1e-4, or several: 1e-5,1e-4."
         raise OptionError(message) from cause
+    return [LoopOptions(lr=rate).lr for rate in rates]

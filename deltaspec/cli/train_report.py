@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaspec.cli.progress import Progress, _clock
+from deltaspec.cli.progress import Progress, clock
+from deltaspec.cli.table import printable
 
 
 class Ticks(Progress):
@@ -29,7 +30,7 @@ class Ticks(Progress):
             return "reading data and model"
         elapsed = time.monotonic() - self._start
         speed = (tick.step - self.first) / elapsed if elapsed else 0.0
-        left = _clock((tick.total - tick.step) / speed) if speed else "?"
+        left = clock((tick.total - tick.step) / speed) if speed else "?"
         return (
             f"step {tick.step}/{tick.total}, loss {tick.loss:.4g}, lr {tick.lr:.3g}, {speed:.2f} steps/s, {left} left"
         )
@@ -56,6 +57,7 @@ def _describe_one(report: dict[str, Any]) -> Iterator[str]:
     if results["forgotten"]:
         lost = results["forgotten"]
         yield f"Other data: {lost['metric']} {lost['before']:.4g} before, {lost['after']:.4g} after"
+    yield from (f"Note: {printable(note)}." for note in report["notes"])
     memory = results["peak_memory"] / 2**20
     yield f"{results['steps']} steps, {results['seconds_per_step']:.3g} s each (median), {memory:,.0f} MiB at most"
 

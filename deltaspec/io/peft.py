@@ -29,6 +29,7 @@ REFUSED = {
 FOLDED_SINCE = (0, 19, 1)  # PEFT folded the factors of target_parameters otherwise before
 NESTED = ("gate_up_proj", "down_proj")  # PEFT nests parameters of one module in this order, the first innermost
 INNER = re.compile(r"(\.base_layer)+$")
+ACTIVATIONS = re.compile(r"a (P|PREFIX|PROMPT)_TUNING |a DELTASPEC_(SERIES|PARALLEL|COMPACTER|PREFIX|PROMPT) ")
 MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # these subtract the initial factors from the base
 
 
@@ -149,7 +150,12 @@ def _leaves(module: str, listed: list[str]) -> set[str]:
 
 
 def _refusal(path: Path, what: str) -> AdapterError:
-    message = f"Cannot read '{path}': it is {what}; merge it into its base and analyse the merged checkpoint."
+    if ACTIVATIONS.search(what):
+        return AdapterError(f"Cannot read '{path}' as LoRA: it is {what}, which changes no weights.", path.parent)
+    message = (
+        f"Cannot read '{path}' as LoRA: it is {what}; deltaspec analyze reads those of deltaspec's own methods as they "
+        "are, all else takes the model with it merged in (deltaspec train --save full, or PEFT's merge_and_unload)."
+    )
     return AdapterError(message, path.parent)
 
 

@@ -131,8 +131,8 @@ class LoopOptions:
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
         _check_choice("schedule", self.schedule, SCHEDULES)
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            message = f"--lr is {self.lr}: expected a number above 0, such as 1e-4."
+        if not 0 < self.lr <= 1e30:  # beyond it the optimiser overflows
+            message = f"--lr is {self.lr}: expected a number above 0 and at most 1e30, such as 1e-4."
             raise OptionError(message)
         for name, least in (("epochs", 1), ("batch", 1), ("accumulate", 1), ("steps", 0), ("seed", 0)):
             _check_range(name, getattr(self, name), least=least)
@@ -155,17 +155,18 @@ class RunOptions:
     gradient_checkpointing : bool
         Compute activations again in the backward pass: less memory, a third more time.
     checkpoint_every : int
-        Steps between checkpoints; 0 leaves only the end.
+        Steps between checkpoints, from which a stopped training goes on; 0 leaves only the end.
     evaluate_every : int
         Steps between evaluations; 0 leaves the beginning and the end.
     save : str
-        ``adapter``, or ``full``: checkpoints with the adapter merged in. Methods that train the base always save it.
+        ``adapter``, or ``full``: checkpoints with the adapter merged in. Methods that train the base always save it,
+        whole and in float32 as merged ones are: in the bfloat16 of a base, small changes would be rounded away.
     """
 
     device: str = "auto"
     precision: str = "no"
     gradient_checkpointing: bool = False
-    checkpoint_every: int = 0
+    checkpoint_every: int = 500
     evaluate_every: int = 0
     save: str = "adapter"
 

@@ -9,7 +9,7 @@ from deltaspec.architecture.match import Identification, identify
 from deltaspec.linalg.numerics import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
-from deltaspec.pairing.plan import Plan, VectorPair, chosen, refuse_shapes, unreadable
+from deltaspec.pairing.plan import HEAD, Mismatch, Plan, VectorPair, chosen, is_head, refuse_shapes, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
 from deltaspec.types import Checkpoint, Identified, MatrixKey, MatrixSource, TensorSpec, WeightPair
 
@@ -37,7 +37,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
         if name not in left_out:
             plan.skip(name, reason)
             left_out.add(name)
-    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    wrong: list[Mismatch] = []
     for name in sorted((n for n in base.tensors if n in mapping and n not in left_out), key=natural_order):
         pair_tensor(plan, known, name, (base.tensors[name], tuned.tensors[mapping[name]]), options, wrong)
     _pair_untied_heads(plan, base, tuned, tied.heads, options, wrong)
@@ -98,12 +98,16 @@ def pair_tensor(
     name: str,
     specs: tuple[TensorSpec, TensorSpec],
     options: AnalyzeOptions,
-    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    wrong: list[Mismatch],
 ) -> None:
-    """Add one tensor's matrices or its vector to the plan, or its shapes to ``wrong``."""
+    """Add one tensor's matrices or its vector to the plan, or its shapes to ``wrong``; a head's are no mistake."""
     base, tuned = specs
     rows = None
     if base.shape != tuned.shape:
+        if is_head(known, name):
+            plan.heads.append((name, base.shape, tuned.shape))
+            plan.skip(name, HEAD)
+            return
         differ_in_rows = len(base.shape) == len(tuned.shape) > 0 and base.shape[1:] == tuned.shape[1:]
         vocabulary = bool({key.role for key in _keys(known, name)} & (VOCABULARY_ROLES | {"bias"}))
         if options.vocab != "common" or not differ_in_rows or not vocabulary:
@@ -133,7 +137,7 @@ def _pair_untied_heads(
     tuned: Checkpoint,
     heads: dict[str, str],
     options: AnalyzeOptions,
-    wrong: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    wrong: list[Mismatch],
 ) -> None:
     """Compare a head that only the tuned model stores with the embedding that serves as head in the base."""
     for head, embedding in heads.items():

@@ -62,4 +62,11 @@ def align_names(base: Iterable[str], tuned: Iterable[str]) -> tuple[dict[str, st
         renamed = new + name.removeprefix(old)
         if name.startswith(old) and renamed in right:
             mapping[name] = renamed
-    return mapping, f"names pair after '{old}' in the base is read as '{new}' in the tuned model"
+    return mapping, f"names in the tuned model {_describe(old, new)}"
+
+
+def _describe(old: str, new: str) -> str:
+    """Say how a prefix differs."""
+    if not old or not new:
+        return f"have '{new}' before those of the base" if new else f"lack the '{old}' of those of the base"
+    return f"begin with '{new}' where those of the base begin with '{old}'"

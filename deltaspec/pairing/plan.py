@@ -6,10 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from deltaspec.architecture.match import Identification
 from deltaspec.errors import PairingError
 from deltaspec.linalg.numerics import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, TensorSpec, WeightPair
+
+HEAD = "a task head of another shape than the base's"
+Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""A tensor's name, and its shapes in base and tuned model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,9 @@ class VectorPair:
 class Plan:
     """Pairs to decompose, vectors to compare, tensors left out with their reason, and what was assumed.
 
-    ``excluded`` has both sides of those that only --include or --exclude keep out.
+    ``attached`` are matrices that an adapter changes once it is attached to the running base: keys with their shapes.
+    ``excluded`` has both sides of those that only --include or --exclude keep out. ``heads`` are task heads of another
+    shape (another number of classes), left out: an adapter or a merge cannot do without them.
     """
 
     pairs: list[WeightPair] = field(default_factory=list)
@@ -36,6 +43,8 @@ class Plan:
     excluded: dict[str, tuple[TensorSpec, TensorSpec]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     family: str = "generic"
+    attached: list[tuple[MatrixKey, tuple[int, int]]] = field(default_factory=list)
+    heads: list[Mismatch] = field(default_factory=list)
 
     def skip(self, name: str, reason: str) -> None:
         """List a tensor that is not compared."""
@@ -49,6 +58,12 @@ def chosen(name: str, options: AnalyzeOptions) -> bool:
     return not (options.exclude and re.search(options.exclude, name))
 
 
+def is_head(known: Identification, name: str) -> bool:
+    """Tell whether a tensor is a task head's weight or bias."""
+    weight = f"{name.removesuffix('bias')}weight" if name.endswith(".bias") else name
+    return any(found.key.role == "classifier" for found in known.matrices.get(weight, ()))
+
+
 def unreadable(spec: TensorSpec) -> str:
     """Say why a tensor has no delta: its dtype is no float, or it is empty; "" if it has one."""
     if spec.dtype not in GRIDS:
@@ -56,7 +71,7 @@ def unreadable(spec: TensorSpec) -> str:
     return "it has no elements" if 0 in spec.shape else ""
 
 
-def refuse_shapes(wrong: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]], *, vocabulary: bool) -> None:
+def refuse_shapes(wrong: Sequence[Mismatch], *, vocabulary: bool) -> None:
     """Stop with the sentence that says what to do where shapes disagree.
 
     Raises

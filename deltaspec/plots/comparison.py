@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from deltaspec.plots.style import (
     BLACK,
@@ -32,7 +34,15 @@ from deltaspec.plots.tables import Columns, Row, to_rows
 
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, PINK, BROWN)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-NAMES = {"accuracy": "accuracy", "perplexity": "perplexity", "probe": "probe's accuracy"}
+SIZES = {"D": 0.75, "*": 1.8}  # areas that look alike
+WIDE = 20  # times the smallest effective rank, from which on an axis is logarithmic
+
+
+PANELS = (  # column, that of its null, title
+    ("effective_rank", "", "effective rank"),
+    ("overlap", "overlap_null", "overlap with\nfull fine-tuning"),
+    ("intruders", "intruders_null", "intruder\ndimensions"),
+)
 
 
 def draw_learning(columns: Columns, *, style: str = "neurips") -> Figure:
@@ -49,7 +59,7 @@ def draw_learning(columns: Columns, *, style: str = "neurips") -> Figure:
     Returns
     -------
     Figure
-        One panel; a dotted line marks the base.
+        One panel; a dotted line marks the base, at its mean where seeds differ in it.
 
     Raises
     ------
@@ -60,17 +70,22 @@ def draw_learning(columns: Columns, *, style: str = "neurips") -> Figure:
     labels = list(dict.fromkeys(columns["label"]))
     with use_venue(style):
         narrow = find_venue(style).narrow
-        figure = new_figure(style, em=(24 if narrow else 20) + 1.2 * len(labels) / (2 if narrow else 5))
+        figure = new_figure(style, em=24 if narrow else 20)
         ax = figure.subplots()
         for label in dict.fromkeys(row["label"] for row in rows):
             members = [row for row in rows if row["label"] == label]
             _draw_points(ax, members, style=_look(labels.index(label)))
-        for row in rows[:1]:
-            if _known(row["kept_before"]):
-                ax.axhline(row["kept_before"], color=GUIDE_COLOUR, linestyle=":", zorder=1)
+        handles = [
+            _handle(wrap(label, _room(style, 0.85)), _look(labels.index(label)))
+            for label in dict.fromkeys(row["label"] for row in rows)
+        ]
+        before = [row["kept_before"] for row in rows if _known(row["kept_before"])]
+        if before:
+            handles.append(Line2D([], [], color=GUIDE_COLOUR, linestyle=":", label="before training"))
+            ax.axhline(_mean(before), color=GUIDE_COLOUR, linestyle=":", zorder=1)
         _label(ax, columns)
         ax.margins(0.06)
-        legend_below(figure, [_handle(label, _look(number)) for number, label in enumerate(labels)])
+        _add_legend(figure, handles)
     return figure
 
 
@@ -89,7 +104,7 @@ def draw_change(columns: Columns, *, style: str = "neurips") -> Figure:
     -------
     Figure
         Three panels that share their rows, one for each label, at the mean over its trainings; grey ticks are what
-        random directions score.
+        random directions score. A panel for which no training has a number is left out.
 
     Raises
     ------
@@ -98,33 +113,67 @@ def draw_change(columns: Columns, *, style: str = "neurips") -> Figure:
     """
     rows = [row for row in to_rows(columns) if _known(row["effective_rank"])]
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    panels = (
-        ("effective_rank", "", "effective rank"),
-        ("overlap", "overlap_null", "overlap with\nfull fine-tuning"),
-        ("intruders", "intruders_null", "intruder\ndimensions"),
-    )
+    panels = [panel for panel in PANELS if any(_known(row[panel[0]]) for row in rows)]
+    shown = [wrap(label, _room(style, 0.3)) for label in labels]
+    lines = max(1 + label.count("\n") for label in shown)
     with use_venue(style):
-        figure = new_figure(style, em=7 + 1.7 * max(len(labels), 2))
-        axes = figure.subplots(1, 3, sharey=True)
+        figure = new_figure(style, em=7 + (0.6 + 1.1 * lines) * max(len(labels), 2))
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for ax, (name, null, title) in zip(axes, panels, strict=True):
             for place, label in enumerate(labels):
                 members = [row for row in rows if row["label"] == label]
                 _draw_bar(ax, members, place=place, name=name, null=null)
             ax.set_xlabel(title, linespacing=1.1)
-            if not null and all(row[name] > 0 for row in rows):
-                ax.set_xscale("log")
-                ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                ax.xaxis.set_minor_formatter(NullFormatter())
-            elif null:
-                ax.set_xlim(0, None)
-                ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-                ax.xaxis.set_major_locator(MaxNLocator(3))
-        axes[0].set_yticks(range(len(labels)), labels)
+            _scale(ax, [row[name] for row in rows if _known(row[name])], share=bool(null))
+        axes[0].set_yticks(range(len(labels)), shown, linespacing=1.0)
         axes[0].set_ylim(len(labels) - 0.5, -0.5)
         for ax in axes[1:]:
             ax.tick_params(left=False)
-        legend_below(figure, [_tick("black", "mean"), _tick(NULL_COLOUR, "random directions")])
+        handles = [_tick(BLACK, "mean")]
+        if len(panels) > 1:
+            handles.append(_tick(NULL_COLOUR, "random directions"))
+        legend_below(figure, handles)
     return figure
+
+
+def wrap(label: str, width: int) -> str:
+    """Break a label between words, and after commas, into lines of about ``width`` characters."""
+    lines = [""]
+    for piece in re.findall(r"[^ ,]+[ ,]?|[ ,]", label):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _room(style: str, share: float) -> int:
+    """Return about how many characters of the small font fit into a share of the figure's width."""
+    venue = find_venue(style)
+    return int(share * venue.width * 72 / (0.5 * (venue.font_size - 1)))
+
+
+def _scale(ax: Axes, values: Sequence[float], *, share: bool) -> None:
+    """Shares from 0 on; ranks from 0 on too, or on a logarithmic axis where they differ widely."""
+    if not share and min(values) > 0 and max(values) >= WIDE * min(values):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(numticks=4))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        return
+    ax.set_xlim(0, None)
+    ax.xaxis.set_major_locator(MaxNLocator(3))
+    ax.xaxis.set_major_formatter(FuncFormatter(_percent if share else lambda value, _: f"{value:g}"))
+
+
+def _percent(value: float, _: object = None) -> str:
+    """Render a share with no more decimals than it needs."""
+    return f"{round(100 * value, 6):g}%"
+
+
+def _add_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Put a legend below, and make the figure as much higher as it takes."""
+    legend_below(figure, handles)
+    figure.set_figheight(figure.get_figheight() + figure.legends[-1].get_window_extent().height / figure.dpi)
 
 
 def _look(number: int) -> tuple[str, str]:
@@ -142,35 +191,35 @@ def _mean(values: Sequence[float]) -> float:
 
 def _draw_points(ax: Axes, rows: Sequence[Row], *, style: tuple[str, str]) -> None:
     colour, marker = style
-    xs, ys = [row["learned"] for row in rows], [row["kept"] for row in rows]
+    size, xs, ys = SIZES.get(marker, 1.0) * _scaled(1) ** 2, [r["learned"] for r in rows], [r["kept"] for r in rows]
     if len(rows) > 1:
-        ax.scatter(xs, ys, s=5, color=colour, marker=marker, alpha=0.5, linewidths=0, zorder=2)
-    ax.scatter(_mean(xs), _mean(ys), s=26, color=colour, marker=marker, edgecolors="white", linewidths=0.4, zorder=3)
+        ax.scatter(xs, ys, s=6 * size, color=colour, marker=marker, alpha=0.5, linewidths=0, zorder=2)
+    mean = (_mean(xs), _mean(ys))
+    ax.scatter(*mean, s=26 * size, color=colour, marker=marker, edgecolors="white", linewidths=0.4, zorder=3)
 
 
 def _label(ax: Axes, columns: Columns) -> None:
-    name = NAMES.get(columns["metric"][0], columns["metric"][0])
-    kept = NAMES.get(columns["kept_metric"][0] or "", "")
-    ax.set_xlabel(
-        f"learned: held-out {name} →" if name != "perplexity" else "learned: held-out perplexity (reversed) →"
-    )
-    ax.set_ylabel(
-        f"kept: {kept}\non other data →" if kept != "perplexity" else "kept: perplexity on\nother data (reversed) →"
-    )
-    for axis, shown in ((ax.xaxis, name), (ax.yaxis, kept)):
-        if shown == "perplexity":
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{-value:g}"))
-        else:
-            axis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_major_locator(MaxNLocator(5))
+    learned, kept = columns["metric"][0], columns["kept_metric"][0]
+    ax.set_xlabel(f"learned: held-out {learned}{' (reversed)' if learned == 'perplexity' else ''} →")
+    turned = "kept: perplexity on\nother data (reversed) →"
+    ax.set_ylabel(turned if kept == "perplexity" else "kept: probe's accuracy\non other data →", linespacing=1.1)
+    for axis, shown in ((ax.xaxis, learned), (ax.yaxis, kept)):
+        render = (lambda value, _: f"{-value:g}") if shown == "perplexity" else _percent
+        axis.set_major_formatter(FuncFormatter(render))
+        axis.set_major_locator(MaxNLocator(4 if axis is ax.xaxis else 5))
 
 
 def _handle(label: str, style: tuple[str, str]) -> Line2D:
-    return Line2D([], [], color=style[0], marker=style[1], linestyle="none", markersize=4.5, label=label)
+    return Line2D([], [], color=style[0], marker=style[1], linestyle="none", markersize=_scaled(4.5), label=label)
 
 
 def _tick(colour: str, label: str) -> Line2D:
-    return Line2D([], [], color=colour, marker="|", linestyle="none", markersize=8, label=label)
+    return Line2D([], [], color=colour, marker="|", linestyle="none", markersize=_scaled(8), label=label)
+
+
+def _scaled(points: float) -> float:
+    """Scale a length that is right beside text of 9 points to the venue's."""
+    return points * float(matplotlib.rcParams["font.size"]) / 9
 
 
 def _draw_bar(ax: Axes, rows: Sequence[Row], *, place: int, name: str, null: str) -> None:

@@ -62,7 +62,7 @@ class Attachment:
         for update in updates:
             wrapper = wrap(model, update.site.path)
             slot = self.slot(update.site)
-            wrapper.updates[slot] = update
+            wrapper.updates[slot] = update.train(wrapper.training)
             wrapper.active = (*wrapper.active, (slot, 1.0))
 
     @property
@@ -154,6 +154,7 @@ def wrap(model: nn.Module, path: str) -> Adapted:
     if isinstance(module, Adapted):
         return module
     wrapper = Adapted(module)
+    wrapper.training = wrapper.updates.training = module.training
     model.set_submodule(path, wrapper)
     return wrapper
 

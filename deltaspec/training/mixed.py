@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class MixedBatch:
     ----------
     model : nn.Module
         All its adapters stand back meanwhile, also those that are not among ``attachments``.
-    attachments : sequence of Attachment
+    attachments : sequence of Attachment, or mapping to them
         On this model, of methods that change weights by factors; copied as they are now, at weight 1.
 
     Raises
@@ -92,8 +92,9 @@ class MixedBatch:
     Every module that they change must see the batch on its input's first axis.
     """
 
-    def __init__(self, model: nn.Module, attachments: Sequence[Attachment]) -> None:
+    def __init__(self, model: nn.Module, attachments: Sequence[Attachment] | Mapping[str, Attachment]) -> None:
         check_free(model)
+        attachments = list(attachments.values() if isinstance(attachments, Mapping) else attachments)
         for attachment in attachments:
             if METHODS[attachment.method].space != "weight":
                 raise _refusal(attachment, "it does not change weights by factors")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, OptionError
@@ -16,9 +16,9 @@ from deltaspec.training.attachment import PREFIX, Attachment, Method
 from deltaspec.training.methods import METHODS
 from deltaspec.training.parts import join_parts, state_ranks
 from deltaspec.training.sites import Site, list_modules, list_sites
+from deltaspec.training.whole import ROOT, put_whole, refuse_biases
 
 OWN = "DELTASPEC_"  # begins the peft_type of what PEFT cannot hold
-ROOT = "base_model."  # before a head's path where PEFT's adapter has no layers (prefix tuning)
 
 
 def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, heads: Sequence[str]) -> dict[str, Any]:
@@ -55,8 +55,11 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
         return {**config, "method": attachment.method, **_plain(asdict(attachment.options))}
     if method.sites:
         paths = list(dict.fromkeys(site.path for site in attachment.sites))
-        config["target_modules"] = paths
-        config["exclude_modules"] = _named_alike(paths, [path for path, _ in list_modules(attachment.model)]) or None
+        alike = _named_alike(paths, [path for path, _ in list_modules(attachment.model)])
+        exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
+        config["target_modules"] = "|".join(map(re.escape, paths)) if exact else paths
+        if alike and not exact:
+            config["exclude_modules"] = alike
         config["fan_in_fan_out"] = any(site.kind == "conv1d" for site in attachment.sites)
     config |= method.to_peft(attachment.options)
     return config if _all_whole(attachment) else state_ranks(config, attachment, adapter_tensors(attachment))
@@ -113,8 +116,9 @@ def attach_stored(
         raise CheckpointError(message) from cause
     try:
         state = attachment.state()
+        refuse_biases(model, config, {key: tensor for key, tensor in tensors.items() if key not in state}, whole)
         attachment.load({key: tensor for key, tensor in tensors.items() if key in state or key not in whole})
-        _put_whole(model, {key: place for key, place in whole.items() if key not in state}, tensors)
+        put_whole(model, {key: place for key, place in whole.items() if key not in state}, tensors)
     except BaseException:
         attachment.detach()
         raise
@@ -221,23 +225,3 @@ def _sort(
         message = f"The adapter holds only '{min(tensors)}' and the like, nothing that acts at a layer: save it again."
         raise CheckpointError(message)
     return whole, [site for name, site in known.items() if name in found]
-
-
-def _put_whole(model: nn.Module, whole: Mapping[str, tuple[nn.Module, str]], tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into the model's own modules; one that was tied to another is untied first."""
-    for key, (module, leaf) in whole.items():
-        own = module._parameters[leaf]
-        if own is None or own.shape != tensors[key].shape:
-            message = (
-                f"The adapter's '{key}' has shape {tuple(tensors[key].shape)}, expected "
-                f"{None if own is None else tuple(own.shape)}: it belongs to another model."
-            )
-            raise CheckpointError(message)
-    owners = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
-    with torch.no_grad():
-        for key, (module, leaf) in whole.items():
-            own = module._parameters[leaf]
-            assert own is not None
-            if owners.count(id(own)) > 1:
-                own = module._parameters[leaf] = nn.Parameter(own.clone(), requires_grad=own.requires_grad)
-            own.copy_(tensors[key])

@@ -16,6 +16,7 @@ from deltaspec.training.adapted import Adapted, take_outputs
 from deltaspec.types import MatrixKey, Shape, View
 
 WRAPPED = re.compile(r"\.base(?=\.)")
+HEADS = ("classifier", "lm_head")  # roles
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,16 +40,16 @@ class Adapters:
     Parameters
     ----------
     model : nn.Module
-    attachments : iterable of Attachment
+    attachments : iterable of Attachment, or mapping to them
         On this model, each with a name of its own; all act, as they do when they have been attached.
     """
 
-    def __init__(self, model: nn.Module, attachments: Iterable[Attachment] = ()) -> None:
+    def __init__(self, model: nn.Module, attachments: Iterable[Attachment] | Mapping[str, Attachment] = ()) -> None:
         self.model = model
         self.attachments: dict[str, Attachment] = {}
         self.active: dict[str, float] = {}
         self._merged: list[Adapted] = []
-        for attachment in attachments:
+        for attachment in attachments.values() if isinstance(attachments, Mapping) else attachments:
             self.add(attachment)
 
     def add(self, attachment: Attachment) -> None:
@@ -146,13 +146,15 @@ class Adapters:
 
 
 @torch.no_grad()
-def merge_module(wrapper: Adapted) -> Merged:
-    """Merge the active updates of one module: W + Σ weight · ΔW in float64, rounded once to W's dtype.
+def merge_module(wrapper: Adapted, *, dtype: torch.dtype | None = None) -> Merged:
+    """Merge the active updates of one module: W + Σ weight · ΔW in float64, rounded once.
 
     Parameters
     ----------
     wrapper : Adapted
         Its active updates add ΔW, or a bias, or both. Its base is only read.
+    dtype : torch.dtype, optional
+        Rounded to; W's own by default.
 
     Returns
     -------
@@ -160,6 +162,7 @@ def merge_module(wrapper: Adapted) -> Merged:
         With a weight as stored ((d_in, d_out) for Conv1D), none where only biases are added.
     """
     base, weight = wrapper.base, wrapper.weight
+    dtype = dtype or weight.dtype
     total: Tensor | None = None
     shift: Tensor | None = None
     for slot, share in wrapper.active:
@@ -174,8 +177,8 @@ def merge_module(wrapper: Adapted) -> Merged:
             moved = share * widen(bias, update, base)
             shift = moved if shift is None else shift + moved
     if total is not None:
-        total = (weight.double() + (total.T if kind_of(base) == "conv1d" else total)).to(weight.dtype)
-    return Merged(base, total, None if shift is None else shift.to(weight.dtype))
+        total = (weight.double() + (total.T if kind_of(base) == "conv1d" else total)).to(dtype)
+    return Merged(base, total, None if shift is None else shift.to(dtype))
 
 
 def find_shift(update: Update, base: nn.Module) -> Tensor | None:

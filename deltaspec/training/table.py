@@ -102,7 +102,8 @@ def split_table(table: Table, share: float, *, seed: int) -> tuple[Table, Table]
     ----------
     table : Table
     share : float, 0 ≤ share < 1
-        Of each class, to the nearest text, but one at least held out where the class has two, and one left to train.
+        Of each class's different texts, to the nearest one, but one at least held out where the class has two, and one
+        left to train. Equal texts, but for case and spaces, stay on one side; they count by the first one's class.
     seed : int
 
     Raises
@@ -110,19 +111,23 @@ def split_table(table: Table, share: float, *, seed: int) -> tuple[Table, Table]
     CheckpointError
         If there are too few texts for it.
     """
-    groups: defaultdict[int, list[int]] = defaultdict(list)
-    for place in range(len(table.texts)):
-        groups[table.labels[place] if table.labels else 0].append(place)
+    equal: defaultdict[str, list[int]] = defaultdict(list)
+    for place, text in enumerate(table.texts):
+        equal[" ".join(text.casefold().split())].append(place)
+    groups: defaultdict[int, list[list[int]]] = defaultdict(list)
+    for places in equal.values():
+        groups[table.labels[places[0]] if table.labels else 0].append(places)
     generator = torch.Generator().manual_seed(seed)
     held: set[int] = set()
     for label in sorted(groups) if share else ():
-        places = groups[label]
-        count = min(len(places) - 1, max(1, round(share * len(places))))
-        held.update(places[number] for number in torch.randperm(len(places), generator=generator)[:count].tolist())
+        texts = groups[label]
+        count = min(len(texts) - 1, max(1, round(share * len(texts))))
+        for number in torch.randperm(len(texts), generator=generator)[:count].tolist():
+            held.update(texts[number])
     if share and not held:
         message = (
-            f"'{table.source}' has too few texts ({len(table.texts)}) to hold out {share:.0%} of them for evaluation: "
-            "pass --holdout 0, or a file of its own for it."
+            f"'{table.source}' has too few texts ({len(equal)} different ones) to hold out {share:.0%} of them "
+            "for evaluation: pass --holdout 0, or a file of its own for it."
         )
         raise CheckpointError(message)
     return table.take([p for p in range(len(table.texts)) if p not in held]), table.take(sorted(held))

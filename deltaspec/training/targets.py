@@ -128,7 +128,10 @@ def _say_unmatched(model: nn.Module, piece: str, parts: Sequence[Site]) -> str:
             f"adapted, being {left.reason}; pass other --targets, or --method full."
         )
     roles = sorted({site.key.role for site in parts}, key=list(ROLES).index)
-    return f"--targets has '{piece}', which matches no layer: this model has the roles {', '.join(roles)}."
+    inside, hint = [site.path for site in parts if site.key.depth is not None], ""
+    if inside and not _is_name(piece):
+        hint = f"; a regular expression must match a whole path such as '{inside[0]}'"
+    return f"--targets has '{piece}', which matches no layer: this model has the roles {', '.join(roles)}{hint}."
 
 
 def _read_targets(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,13 @@ from deltaspec.types import Entry
 def save_adapter(
     folder: Path, attachment: Attachment, *, base: str, task_type: str | None, heads: Mapping[str, Tensor]
 ) -> None:
-    """Write an adapter's two files, each whole or not at all; what is there under their names is replaced.
+    """Write an adapter's two files; an older adapter there is replaced once both are written whole.
 
     Parameters
     ----------
     folder : Path
-        Made if it is not there. The config comes last: a folder without it is no adapter.
+        Made if it is not there; other files in it stay. At any moment it holds the old adapter, the new one, or, for an
+        instant, none: the old config goes before the weights change, and a folder without it is no adapter.
     attachment : Attachment
     base : str
         Of the base model: a path or a hub id.
@@ -47,9 +49,17 @@ def save_adapter(
         Entry(name, tuple(t.shape), kinds[name], partial(tensors.__getitem__, name)) for name, t in tensors.items()
     ]
     config = adapter_config(attachment, base=base, task_type=task_type, heads=list(heads))
-    write_safetensors(folder / WEIGHTS[0], entries, metadata=SAVED)
-    with whole_file(folder / CONFIG) as stream:
-        stream.write(json.dumps(config, indent=2).encode())
+    fresh = folder / f"{WEIGHTS[0]}.{os.getpid()}.new"
+    try:
+        with whole_file(folder / CONFIG) as stream:  # which gives it its name last
+            stream.write(json.dumps(config, indent=2).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+            write_safetensors(fresh, entries, metadata=SAVED)
+            (folder / CONFIG).unlink(missing_ok=True)
+            fresh.replace(folder / WEIGHTS[0])
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, ref: str | Path, *, name: str = "default") -> Attachment:
@@ -67,11 +77,14 @@ def load_adapter(model: nn.Module, ref: str | Path, *, name: str = "default") ->
     Raises
     ------
     CheckpointError
-        If it is not there, damaged, of an unknown type, or belongs to another model.
+        If it is not there, no adapter, damaged, of an unknown type, or belongs to another model.
     OptionError
         If the name is taken, or the model's adapters are merged or mixed.
     """
     folder = _find(ref)
+    if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
+        message = f"'{folder}' is a whole checkpoint: open it with transformers' from_pretrained."
+        raise CheckpointError(message)
     config = shards.read_json(folder / CONFIG)
     file = folder / WEIGHTS[0]
     if not file.is_file():

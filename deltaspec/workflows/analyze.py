@@ -13,7 +13,7 @@ from deltaspec.io.open import identify_source, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
-from deltaspec.pairing.plan import Plan, refuse_empty
+from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
 from deltaspec.store.run import Run
 from deltaspec.types import AdapterIndex, Checkpoint, LowRankSource
 from deltaspec.workflows.base import Base, Source
@@ -23,7 +23,7 @@ from deltaspec.workflows.vectors import compare_vectors
 
 
 def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> tuple[Plan, Source, Source]:
-    """Open both sides and pair them; reads headers alone (and embeddings, to see whether they are tied).
+    """Open both sides and pair them whole; reads headers alone (and embeddings, to see whether they are tied).
 
     Parameters
     ----------
@@ -37,7 +37,33 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
         If a side cannot be read, or the two do not belong together.
     """
     first, second = open_source(base), open_source(tuned)
-    return pair_sources(first, second, options), first, second
+    plan = pair_sources(first, second, options)
+    refuse_shapes(plan.heads, vocabulary=False)
+    return plan, first, second
+
+
+def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Plan:
+    """Say what ``analyze`` would compare; reads no weights of the base, and headers of the tuned side.
+
+    Parameters
+    ----------
+    base : Base
+    tuned : str or Path
+        As of ``analyze``. An adapter that is not plain LoRA is read, and attached to the base without weights.
+    options : AnalyzeOptions
+
+    Raises
+    ------
+    DeltaspecError
+        As of ``analyze``.
+    """
+    try:
+        second = open_source(tuned)
+    except AdapterError as adapter:
+        from deltaspec.workflows.attached import plan_attached  # training's rooms load for such adapters only
+
+        return plan_attached(base, adapter, options, ref=str(tuned))
+    return pair_sources(base.source, second, options)
 
 
 def pair_sources(first: Source, second: Source, options: AnalyzeOptions) -> Plan:

@@ -17,16 +17,19 @@ from deltaspec.io.peft import CONFIG, WEIGHTS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
-from deltaspec.pairing.plan import Plan
+from deltaspec.pairing.plan import HEAD, Plan, chosen, is_head
 from deltaspec.store.run import Run
 from deltaspec.training.attachment import PREFIX, Attachment
 from deltaspec.training.methods import METHODS
 from deltaspec.training.peft import attach_stored
-from deltaspec.training.sites import list_modules
+from deltaspec.training.sites import identify_parameters, list_modules
 from deltaspec.types import AdapterIndex, Checkpoint
 from deltaspec.workflows.base import Base
 from deltaspec.workflows.live import Sides, refuse_activations, run_live
+from deltaspec.workflows.site import list_pieces
 from deltaspec.workflows.tasks import Step, default_path
+
+WHOLE = "stored whole in the adapter, beside its updates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,14 @@ class Attached:
     """A stored adapter on its running base, which may carry several at once; detach ``attachment`` after use.
 
     ``names`` maps the running model's matrices to the base's own names. ``tuned`` says which files it is from, as a
-    manifest does. ``whole`` are tensors that stayed out.
+    manifest does. ``whole`` are tensors that stayed out, and why.
     """
 
     attachment: Attachment
     names: dict[str, str]
     tuned: dict[str, Any]
     notes: list[str]
-    whole: list[str]
+    whole: dict[str, str]
 
 
 def analyze_attached(
@@ -73,7 +76,7 @@ def analyze_attached(
     """
     found = attach_adapter(base, refused, ref=ref, name="analysed")
     try:
-        skipped = [{"tensor": n, "reason": "stored whole in the adapter, beside its updates"} for n in found.whole]
+        skipped = [{"tensor": name, "reason": reason} for name, reason in found.whole.items()]
         sides = Sides(identify_source(base.source), found.tuned, found.names, found.notes, skipped)
         path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": options.identity()})
         return run_live(
@@ -83,7 +86,27 @@ def analyze_attached(
         found.attachment.detach()
 
 
-def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str) -> Attached:
+def plan_attached(base: Base, refused: AdapterError, options: AnalyzeOptions, *, ref: str) -> Plan:
+    """Say what ``analyze_attached`` would analyse; reads the adapter, and of its base no weights.
+
+    Raises
+    ------
+    PairingError, CheckpointError
+        As of ``attach_adapter``.
+    """
+    found = attach_adapter(base, refused, ref=ref, name="analysed", weights=False)
+    plan = Plan(notes=found.notes, family=identify_parameters(found.attachment.model).family)
+    for name, reason in found.whole.items():
+        plan.skip(name, reason)
+    for _, piece, key in list_pieces(found.attachment, found.names):
+        if chosen(key.tensor, options):
+            plan.attached.append((key, piece.shape))
+        else:
+            plan.skip(str(key), "left out by --include or --exclude")
+    return plan
+
+
+def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str, weights: bool = True) -> Attached:
     """Attach a stored adapter of any method that changes weights to its running base.
 
     Parameters
@@ -95,6 +118,8 @@ def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str) ->
         The adapter, as it was asked for.
     name : str
         Of the adapter on the model, unlike any other there.
+    weights : bool
+        Without, the base is on the meta device.
 
     Raises
     ------
@@ -115,8 +140,8 @@ def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str) ->
     file = next((folder / weights for weights in WEIGHTS if (folder / weights).is_file()), None)
     if file is None:
         raise refused
-    stored, model = _read(file), base.run()
-    tensors, whole, notes = _fit(stored, dict(list_modules(model)))
+    stored, model = _read(file), base.run() if weights else base.outline()
+    tensors, whole, notes = _fit(stored, model)
     try:
         attachment = attach_stored(model, config, tensors, name=name)
     except CheckpointError as cause:
@@ -147,31 +172,36 @@ def _read(file: Path) -> dict[str, Tensor]:
     return {name: read_tensor(spec) for name, spec in tensors.items()}
 
 
-def _fit(
-    stored: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> tuple[dict[str, Tensor], list[str], list[str]]:
+def _fit(stored: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Give an adapter's tensors the paths of this model, which may lack the head that the adapter was trained with.
 
     Returns
     -------
     tensors : dict of str to Tensor
         What is to be attached: updates, and biases that are stored whole.
-    whole : list of str
-        Names of tensors that stay out: of modules that the model lacks, and its own matrices.
+    whole : dict of str to str
+        Tensors that stay out, and why: of modules that the model lacks, its own matrices, and heads of another shape.
     notes : list of str
     """
+    modules, known = dict(list_modules(model)), identify_parameters(model)
     owners = {name: _outer(name.removeprefix(PREFIX)) for name in stored if name.startswith(PREFIX)}
-    mapping, note = align_names(modules, {path for paths in owners.values() for path in paths})
+    mapping, note = align_names(modules.keys() - {""}, {path for paths in owners.values() for path in paths})
     places = {path: own for own, path in mapping.items()}
     tensors = {name: tensor for name, tensor in stored.items() if name not in owners}  # what all updates share
-    whole = []
+    whole = {}
     for name, paths in owners.items():
         path = next((path for path in paths if path in places), None)
-        rest = "" if path is None else name.removeprefix(f"{PREFIX}{path}.")
-        if path is None or (stored[name].ndim > 1 and rest in modules[places[path]]._parameters):
-            whole.append(name.removeprefix(PREFIX))
+        if path is None:
+            whole[name.removeprefix(PREFIX)] = WHOLE
+            continue
+        home, rest = places[path], name.removeprefix(f"{PREFIX}{path}.")
+        own = modules[home]._parameters.get(rest)
+        if own is not None and own.shape != stored[name].shape and is_head(known, f"{home}.{rest}"):
+            whole[name.removeprefix(PREFIX)] = HEAD
+        elif own is not None and stored[name].ndim > 1:
+            whole[name.removeprefix(PREFIX)] = WHOLE
         else:
-            tensors[f"{PREFIX}{places[path]}.{rest}"] = stored[name]
+            tensors[f"{PREFIX}{home}.{rest}"] = stored[name]
     return tensors, whole, [note] if note else []
 
 

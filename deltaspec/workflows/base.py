@@ -48,3 +48,15 @@ class Base:
             dtype = choose_dtype(checkpoint, "auto", device=device)
             self._model = load_model(checkpoint, describe_model(checkpoint), device=device, dtype=dtype)
         return self._model
+
+    def outline(self) -> Any:
+        """Return the model of transformers without its weights, on the meta device.
+
+        Raises
+        ------
+        CheckpointError
+            If it has no config, or transformers cannot run it.
+        """
+        from deltaspec.workflows.skeletons import build_skeleton  # training's rooms load where they are needed
+
+        return build_skeleton(describe_model(open_model(str(self.ref))))

@@ -10,7 +10,7 @@ from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
-from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty
+from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty, refuse_shapes
 from deltaspec.types import (
     AdapterIndex,
     Checkpoint,
@@ -50,6 +50,7 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     for adapter, weight in adapters:
         plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
+        refuse_shapes(plan.heads, vocabulary=False)
         used: set[TensorSpec] = set()
         for pair in plan.pairs:
             _add_pair(changes, pair, weight, used=used, adapter=adapter)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.io.shards import read_json
@@ -33,8 +34,8 @@ def find_checkpoints(refs: Sequence[str | Path]) -> list[tuple[int, str]]:
     ----------
     refs : sequence of str or Path
         Folders, files and hub ids with @revision. The step is the number in the name (step-100, checkpoint-500,
-        global_step1000, a revision step3000), else the one that ``trainer_state.json`` tells; where no checkpoint has
-        one, they are 1, 2, 3, … in the order given.
+        global_step1000, a revision step3000), else the one that ``trainer_state.json`` tells, or of ``final`` the
+        training's own report; where no checkpoint has one, they are 1, 2, 3, … in the order given.
 
     Raises
     ------
@@ -73,8 +74,8 @@ def _open_training(folder: Path) -> list[tuple[int | None, str]]:
             folder = folder / str(report["best"])
             report = read_report(folder)
         rows += _list_steps(folder / CHECKPOINTS)
-        last = (report.get("results") or {}).get("steps")
-        if (folder / FINAL).is_dir() and isinstance(last, int) and last not in [step for step, _ in rows]:
+        last = _last_step(report)
+        if (folder / FINAL).is_dir() and last is not None and last not in [step for step, _ in rows]:
             rows.append((last, str(folder / FINAL)))
     else:
         rows += _list_steps(folder)
@@ -98,4 +99,14 @@ def _step_of(ref: str | Path) -> int | None:
         return int(match[1])
     state = Path(ref).expanduser() / STATE
     step = read_json(state).get("global_step") if state.is_file() else None
+    if isinstance(step, int) and step >= 0:
+        return step
+    training = Path(ref).expanduser().absolute().parent
+    ends = name == FINAL and (training / REPORT).is_file()
+    return _last_step(read_report(training)) if ends else None
+
+
+def _last_step(report: dict[str, Any]) -> int | None:
+    """Return the step at which a training ended, if its report tells."""
+    step = (report.get("results") or {}).get("steps")
     return step if isinstance(step, int) and step >= 0 else None

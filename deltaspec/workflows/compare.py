@@ -13,11 +13,10 @@ from deltaspec.io.writer import unwritten, whole_file
 from deltaspec.options.compare import CompareOptions
 from deltaspec.plots.comparison import draw_change, draw_learning
 from deltaspec.plots.tables import to_columns
-from deltaspec.workflows.base import Base
 from deltaspec.workflows.compare_changes import FIRST, measure_changes
 from deltaspec.workflows.plot import check_formats, render_csv, render_figure, write_figure
 from deltaspec.workflows.tasks import Step
-from deltaspec.workflows.trainings import Trained, open_trainings
+from deltaspec.workflows.trainings import Trained, open_base, open_trainings
 
 TABLE = "compare"
 FIGURES = {"learning": draw_learning, "change": draw_change}
@@ -32,7 +31,7 @@ def compare(
     options: CompareOptions | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Put trainings of one base side by side: what each learned, forgot and cost, and what its ΔW looks like.
+    """Put trainings of one base on one data set side by side: what each learned, forgot, cost, and changed.
 
     Parameters
     ----------
@@ -51,18 +50,18 @@ def compare(
         A row for each training. ``overlap`` is the median over matrices of φ between the top right singular vectors of
         its ΔW and those of full fine-tuning's, ``overlap_null`` that of random subspaces; ``intruders`` the mean
         number of intruder dimensions of a matrix among the first 10, ``intruders_null`` that of a random change of the
-        same norm and rank; ``amplification`` the median of ‖ΔW‖/‖UᵀWV‖, ``amplification_null`` that of random
+        same norm and rank; ``amplification`` the median of ‖ΔW_k‖/‖UᵀWV‖, ``amplification_null`` that of random
         directions. None where there is no ΔW, or no full fine-tuning to compare with.
 
     Raises
     ------
     DeltaspecError
-        If a folder is no finished training, or they are of different bases.
+        If a folder is no finished training, or they are of different bases, or theirs is gone or was changed.
     """
     options = options or CompareOptions()
     trainings = open_trainings(folders)
     place = Path(out) if out is not None else Path("runs") / TABLE
-    base = Base(trainings[0].report["base"]["ref"])
+    base = open_base(trainings)
     changes = measure_changes(base, trainings, place, options=options, progress=progress)
     rows = [{**describe(trained), **changes[trained.folder]} for trained in trainings]
     _write(place, rows)
@@ -83,6 +82,7 @@ def describe(trained: Trained) -> dict[str, Any]:
         "seed": report["loop"]["seed"],
         "steps": results["steps"],
         "trainable": report["counts"]["trainable"],
+        "head": report["counts"]["head"],
         "stored": report["counts"]["stored"],
         "metric": metric,
         "learned": learned.get(metric),

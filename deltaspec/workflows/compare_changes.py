@@ -17,6 +17,7 @@ from deltaspec.options.compare import CompareOptions
 from deltaspec.spectra.subspaces import amplify, compare_subspaces, find_intruders, null_projection, random_change
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.run import Run
+from deltaspec.types import MatrixRecord
 from deltaspec.workflows.analyze import analyze_against
 from deltaspec.workflows.base import Base
 from deltaspec.workflows.deltas import Change, open_changes
@@ -72,6 +73,15 @@ def measure_changes(
     return found
 
 
+def choose_records(run: Run) -> list[MatrixRecord]:
+    """Return the matrices of the blocks that a training changed; of a model without blocks any.
+
+    Embeddings, poolers and heads stay out: methods differ in whether they train them, and medians would tell that.
+    """
+    inside = [record for record in run.records if record.key.depth is not None]
+    return [record for record in inside or run.records if record.metrics["frobenius_norm"]]
+
+
 def choose_reference(trained: Trained, trainings: Sequence[Trained]) -> Trained | None:
     """Return the full fine-tuning that a training is compared with: of its seed if there is one, never itself.
 
@@ -92,9 +102,8 @@ def _measure_all(
     """Measure amplification and intruders of every matrix; the base's is decomposed once for all trainings."""
     todo: dict[str, list[Path]] = {}
     for folder, run in runs.items():
-        for record in run.records:
-            if record.spectrum_of == "delta" and record.metrics["frobenius_norm"]:
-                todo.setdefault(record.store_key, []).append(folder)
+        for record in choose_records(run):
+            todo.setdefault(record.store_key, []).append(folder)
     found: dict[Path, list[Row]] = {folder: [] for folder in runs}
     sizes = {key: work_of(changes[folders[0]][key].shape) * len(folders) for key, folders in todo.items()}
     finished = weights = 0
@@ -129,7 +138,8 @@ def _measure(run: Run, change: Change, base: _Base) -> Row:
     spectrum = run.spectrum(str(change.key))
     assert spectrum.left is not None
     assert spectrum.right is not None
-    norm, rank = math.sqrt(spectrum.energy), spectrum.left.shape[1]
+    rank = spectrum.left.shape[1]
+    norm = float(spectrum.singular_values[:rank].norm())  # of those directions alone, or more of them would weigh less
     device = base.weight.device
     found = amplify(base.weight, spectrum.left.to(device), spectrum.right.to(device), norm=norm)
     response = null_projection(float(base.weight.norm()), rank, change.shape)
@@ -150,9 +160,9 @@ def _intruders(base: _Base, delta: Tensor) -> tuple[int, float]:
 
 def _overlaps(run: Run, other: Run, directions: int) -> list[tuple[float, float]]:
     """φ of the top right singular vectors, and its null, for each matrix that both trainings change."""
-    found, known = [], {record.store_key for record in other.records if record.metrics["frobenius_norm"]}
-    for record in run.records:
-        if record.store_key in known and record.metrics["frobenius_norm"]:
+    found, known = [], {record.store_key for record in choose_records(other)}
+    for record in choose_records(run):
+        if record.store_key in known:
             first, second = run.spectrum(record.store_key).right, other.spectrum(record.store_key).right
             assert first is not None
             assert second is not None
@@ -162,7 +172,7 @@ def _overlaps(run: Run, other: Run, directions: int) -> list[tuple[float, float]
 
 
 def _summarise(run: Run, rows: list[Row], overlaps: list[tuple[float, float]], other: Trained | None) -> Row:
-    changed = [record.metrics for record in run.records if record.metrics["frobenius_norm"]]
+    changed = [record.metrics for record in choose_records(run)]
     ranks = ("relative_norm", "effective_rank", "rank_90")
 
     def middle(values: list[Any], summarise: Callable[[list[float]], float] = median) -> float | None:
@@ -175,7 +185,7 @@ def _summarise(run: Run, rows: list[Row], overlaps: list[tuple[float, float]], o
         **{name: middle([metrics[name] for metrics in changed]) for name in ranks},
         "overlap": middle([phi for phi, _ in overlaps]),
         "overlap_null": middle([null for _, null in overlaps]),
-        "overlap_with": other.label if other and overlaps else None,
+        "overlap_with": f"{other.label}, seed {other.seed}" if other and overlaps else None,
         **{name: middle([row.get(name) for row in rows]) for name in ("amplification", "amplification_null")},
         **{
             name: middle([row.get(name) for row in rows], mean)

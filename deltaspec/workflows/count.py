@@ -36,7 +36,8 @@ class Counts:
     """Numbers of parameters; tied weights count once.
 
     ``trainable`` is what the optimiser changes for the method, ``head`` a classifier's own parameters, which are
-    trained beside it; ``stored`` is what a released adapter holds without the head, in numbers of four bytes;
+    trained beside it; ``stored`` is what a released adapter holds without the head, in numbers of four bytes (of
+    VB-LoRA what --save-topk releases), and ``released`` what it holds under the options that are given;
     ``total`` is the model with all that the method adds. ``left_out`` are matrices that the targets mean and the
     method cannot adapt, such as stacked experts.
     """
@@ -48,6 +49,7 @@ class Counts:
     roles: tuple[RoleCount, ...]
     method: str
     model: str
+    released: int
     left_out: tuple[LeftOut, ...] = ()
 
     @property
@@ -161,6 +163,7 @@ def count_parameters(model: nn.Module, attachment: Attachment, *, targets: Targe
         roles=_count_roles(attachment),
         method=attachment.method,
         model=type(model).__name__,
+        released=sum(tensor.numel() * tensor.element_size() for tensor in attachment.released().values()) // 4,
         left_out=tuple(left_out),
     )
 

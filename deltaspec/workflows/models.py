@@ -25,7 +25,8 @@ TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 class ModelKind:
     """How transformers runs a checkpoint: its config and class.
 
-    ``body`` is its class without a head; ``packed`` models are causal, and read texts one after another.
+    ``body`` is its class without a head; ``causal`` models read texts from left to right, and ``packed`` ones of them
+    one after another.
     ``limits`` are the longest sequence, and how many token ids there are; 0 where the config does not say.
     """
 
@@ -34,6 +35,7 @@ class ModelKind:
     body: Any
     packed: bool
     limits: tuple[int, int]
+    causal: bool
 
     @property
     def headless(self) -> bool:
@@ -109,10 +111,11 @@ def describe_model(checkpoint: Checkpoint) -> ModelKind:
             config, "is_decoder", False
         )
         causal = config.model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
-        packed = causal and not config.is_encoder_decoder and "Classification" not in architecture
+        causal = causal and not config.is_encoder_decoder
+        packed = causal and "Classification" not in architecture
         sizes = (getattr(texts, name, None) for name in ("max_position_embeddings", "vocab_size"))
         positions, rows = (size if isinstance(size, int) and size > 0 else 0 for size in sizes)
-    return ModelKind(config, cls, getattr(transformers, body, None), packed, (positions, rows))
+    return ModelKind(config, cls, getattr(transformers, body, None), packed, (positions, rows), causal)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -126,11 +129,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     place = checkpoint.ref.split("@")[0] if checkpoint.revision else str(checkpoint.root)
     with quiet_transformers() as transformers:
         try:
-            return transformers.AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 place, revision=checkpoint.revision or "main", trust_remote_code=False
             )
         except Exception as cause:  # every tokenizer raises its own
             raise _refusal(checkpoint, "read the tokenizer", cause) from cause
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made of nothing, where files are missing
+        message = f"Cannot read the tokenizer of '{checkpoint.ref}': it knows no words; put its files beside the model."
+        raise CheckpointError(message)
+    return tokenizer
 
 
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:

@@ -12,12 +12,14 @@ from deltaspec.types import LowRankSource
 
 def plan_rows(plan: Plan) -> list[dict[str, Any]]:
     """One row for each matrix that would be decomposed."""
-    rows = []
+    planned = [(key, shape, "attached") for key, shape in plan.attached]
     for pair in plan.pairs:
-        kinds = "factors" if isinstance(pair.tuned, LowRankSource) else pair.tuned.spec.dtype
-        key = pair.key
+        kind = "factors" if isinstance(pair.tuned, LowRankSource) else pair.tuned.spec.dtype
+        planned.append((pair.key, pair.shape, kind))
+    rows = []
+    for key, shape, kind in planned:
         place = {"role": key.role, "stack": key.stack, "depth": key.depth, "expert": key.expert}
-        rows.append({"matrix": str(key), **place, "shape": f"{pair.shape[0]}×{pair.shape[1]}", "tuned": kinds})
+        rows.append({"matrix": str(key), **place, "shape": f"{shape[0]}×{shape[1]}", "tuned": kind})
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def describe_skeleton(ref: str | Path, *, task: str = "", labels: int = 0) -> Mo
         if labels:
             kind.config.num_labels = labels
         cls = getattr(transformers, name if isinstance(name, str) else name[0])
-    return ModelKind(kind.config, cls, kind.body, kind.packed and task != "classification", kind.limits)
+    return replace(kind, cls=cls, packed=kind.packed and task != "classification")
 
 
 def _check_task(task: str, labels: int) -> None:

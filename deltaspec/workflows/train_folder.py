@@ -176,9 +176,12 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises
     ------
     RunError
-        If it is damaged, or of a newer format.
+        If there is none, or it is damaged, or of a newer format.
     """
     file = path / REPORT
+    if not file.is_file():
+        message = f"'{path}' is no training folder (it has no {REPORT}): pass what `deltaspec train -o` wrote."
+        raise RunError(message)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:

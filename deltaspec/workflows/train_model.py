@@ -23,6 +23,7 @@ from deltaspec.workflows.models import ModelKind, choose_dtype, load_model, read
 from deltaspec.workflows.skeletons import build_skeleton, describe_skeleton, list_head
 from deltaspec.workflows.train_plan import Plan
 
+UNNAMED = ("LABEL_0", "LABEL_1")  # classes of a config that names none
 HEAD = "head/"  # before the names of a head's tensors among an attachment's
 
 
@@ -81,15 +82,13 @@ def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
     ------
     CheckpointError
         If weights are missing that are not of a head.
-    OptionError
-        If gradient checkpointing is asked for and the model has none.
     """
     recipe, checkpoint = plan.recipe, plan.checkpoint
     names = plan.train.names
     kind = describe_skeleton(checkpoint.ref, task=recipe.data.task, labels=len(names))
     stored = choose_dtype(checkpoint, "auto", device=device)
     dtype = torch.float32 if plan.method.space == "base" else stored
-    if kind.config.pad_token_id is None:
+    if kind.config.pad_token_id is None and not kind.causal:
         kind.config.pad_token_id = padding(plan.tokenizer)
     if names:
         kind.config.id2label = dict(enumerate(names))
@@ -97,6 +96,8 @@ def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
     with torch.random.fork_rng([]):
         torch.manual_seed(recipe.loop.seed)
         model, beside = _load(checkpoint, kind, names, device=device, dtype=dtype)
+    for config in (model.config, model.config.get_text_config()) if names and kind.causal else ():
+        config.pad_token_id = padding(plan.tokenizer)  # its classifier reads the last token that is not this
     freeze(model)
     sites = choose_method_sites(model, recipe.method, recipe.targets)
     attachment = plan.method.attach(model, sites, plan.options, name="default", seed=recipe.loop.seed)
@@ -105,9 +106,6 @@ def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
     _free_head(model, head)
     _unmap(attachment)
     if recipe.run.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            message = f"--gradient-checkpointing: {type(model).__name__} has none; leave it out."
-            raise OptionError(message)
         renamed = hasattr(model, "activation_checkpointing_enable")  # by transformers 5
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
@@ -125,7 +123,7 @@ def _load(checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], **pla
     poolers = [name for name, _ in skeleton.named_parameters() if ".pooler." in name]
     missing = {name for name in poolers if not any(stored.endswith(name[name.index(".pooler.") :]) for stored in known)}
     state, stored = read_state(checkpoint), checkpoint.config.get("id2label")
-    if isinstance(stored, dict) and tuple(stored.values()) != names:
+    if (tuple(stored.values()) if isinstance(stored, dict) else UNNAMED) != names:
         state = {name: tensor for name, tensor in state.items() if name not in head}
     return load_model(checkpoint, kind, state=state, fresh=head | missing, **place), head | missing
 

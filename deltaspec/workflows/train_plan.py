@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from deltaspec.errors import CheckpointError, OptionError
@@ -16,10 +17,11 @@ from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, Tar
 from deltaspec.training.attachment import Method, freeze
 from deltaspec.training.data import Examples, read_examples, read_split
 from deltaspec.training.methods import METHODS
+from deltaspec.training.methods.virtual import count_positions
 from deltaspec.training.sites import Site, base_bias, module_at
 from deltaspec.types import Checkpoint
-from deltaspec.workflows.count import Counts, choose_method_sites, count_parameters, make_options
-from deltaspec.workflows.models import load_tokenizer, open_model
+from deltaspec.workflows.count import Counts, choose_method_sites, count_parameters, describe_left_out, make_options
+from deltaspec.workflows.models import ModelKind, choose_dtype, load_tokenizer, open_model
 from deltaspec.workflows.skeletons import build_skeleton, describe_skeleton
 
 TESTED = 0.2  # of other data, where nothing is held out of the training's
@@ -89,15 +91,18 @@ def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
         message = f"Cannot use '{model}' for --task causal-lm: {kind.cls.__name__} reads texts in both directions."
         raise CheckpointError(message)
     tokenizer = load_tokenizer(checkpoint)
-    train, held = _read_data(sets, recipe.data, tokenizer, kind.limits)
-    forget = _read_forget(sets, recipe, tokenizer, kind.limits)
+    limits = _find_limits(kind)
+    train, held = _read_data(sets, recipe.data, tokenizer, limits)
+    forget = _read_forget(sets, recipe, tokenizer, limits)
     skeleton = build_skeleton(describe_skeleton(model, task=task, labels=len(train.names)))
     freeze(skeleton)
     sites = choose_method_sites(skeleton, recipe.method, recipe.targets)
     if recipe.run.save == "full":
         _check_merge(recipe.method, options, skeleton, sites)
+    if recipe.run.gradient_checkpointing:
+        _check_checkpointing(recipe.method, skeleton)
     attachment = METHODS[recipe.method].attach(skeleton, sites, options, name="default", seed=recipe.loop.seed)
-    counts = count_parameters(skeleton, attachment)
+    counts = count_parameters(skeleton, attachment, targets=recipe.targets)
     identity = {
         "base": _name_base(checkpoint),
         "method": recipe.method,
@@ -109,6 +114,22 @@ def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
     return Plan(checkpoint, tokenizer, recipe, options, train, held, forget, counts, identity)
 
 
+def list_notes(plan: Plan, *, device: torch.device) -> Iterator[str]:
+    """Say what was left out of the data and of the model, and in which dtype was measured and saved."""
+    stored, used = (choose_dtype(plan.checkpoint, "auto", device=place) for place in (torch.device("meta"), device))
+    if stored.itemsize < torch.float32.itemsize:
+        kind = "float32" if plan.method.space == "base" else str(used).removeprefix("torch.")
+        saved = ", and what is saved is in float32" if plan.full else ""
+        yield f"the base is stored in less than float32: what was measured, before too, is of {kind} weights{saved}"
+    for name, examples in (("train", plan.train), ("held out", plan.held), *(("forget", part) for part in plan.forget)):
+        if examples and examples.cut:
+            yield f"{examples.cut} of {len(examples)} texts ({name}) were cut to the length in tokens"
+        if examples and examples.skipped:
+            yield f"{examples.skipped} empty texts ({name}) were skipped"
+    if left_out := describe_left_out(plan.counts.left_out):
+        yield left_out.removesuffix(".")
+
+
 def _check_merge(method: str, options: Any, model: nn.Module, sites: Sequence[Site]) -> None:
     """Refuse to merge what weights and biases cannot hold."""
     why = f"{method} makes none" if METHODS[method].space == "activation" else ""
@@ -118,6 +139,35 @@ def _check_merge(method: str, options: Any, model: nn.Module, sites: Sequence[Si
     if why:
         message = f"--save full merges changes of weights, and {why}: pass --save adapter."
         raise OptionError(message)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for site in sites:
+        tied = [name for name in owners[id(module_at(model, site.path).weight)] if name != f"{site.path}.weight"]
+        if tied:
+            message = (
+                f"--save full cannot merge into '{site.path}.weight', which is '{tied[0]}' as well and would change it "
+                "too: pass --save adapter, or leave it out of --targets."
+            )
+            raise OptionError(message)
+
+
+def _check_checkpointing(method: str, model: nn.Module) -> None:
+    """Refuse --gradient-checkpointing where a model or method has none."""
+    kind: Any = type(model)
+    why = "" if kind.supports_gradient_checkpointing else f"{kind.__name__} has none"
+    if method == "prefix":
+        why = "--method prefix does not go with it, since transformers then keeps no keys and values"
+    if why:
+        message = f"--gradient-checkpointing cannot be: {why}; leave it out."
+        raise OptionError(message)
+
+
+def _find_limits(kind: ModelKind) -> tuple[int, int]:
+    """Return the longest sequence and how many token ids; some embeddings of positions have rows that none takes."""
+    longest, rows = kind.limits
+    usable = count_positions(build_skeleton(kind))
+    return min(filter(None, (longest, usable)), default=0), rows
 
 
 def _read_data(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from deltaspec.training.sharded import gather_state, is_sharded, link_state
 from deltaspec.workflows.train_folder import Folder, read_report
 from deltaspec.workflows.train_measure import Measure
 from deltaspec.workflows.train_model import prepare_model
-from deltaspec.workflows.train_plan import Plan
+from deltaspec.workflows.train_plan import Plan, list_notes
 from deltaspec.workflows.train_save import save_trained
 
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -88,7 +90,11 @@ class Training:
         """Measure the untrained model, or put the newest checkpoint back; returns the steps that are done."""
         if self.newest is None:
             self.folder.rewind(None)
+            if not self.plan.method.identity:  # before is the base, whatever the method starts with
+                self.trained.attachment.enable(0.0)
             self._evaluate(0, kept=True)
+            if not self.plan.method.identity:
+                self.trained.attachment.enable(1.0)
             return 0
         position, packed = self.newest
         self.newest = None
@@ -154,6 +160,7 @@ class Training:
             "finished": True,
             "versions": {name: version(name) for name in PACKAGES},
             "counts": {"trainable": counts.trainable, "head": head, "stored": counts.stored, "total": counts.total},
+            "notes": list(list_notes(self.plan, device=self.accelerator.device)),
             "results": self._results(total),
         }
 
@@ -180,6 +187,9 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif RESET.exists():
+        gc.collect()
+        with suppress(OSError, AttributeError):  # what is free, but not given back yet, would count
+            ctypes.CDLL(None).malloc_trim(0)
         with suppress(OSError):
             RESET.write_text("5")
 

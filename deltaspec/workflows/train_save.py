@@ -1,4 +1,4 @@
-"""A trained model → an adapter folder, or a whole checkpoint under the base's own names and dtypes."""
+"""A trained model → an adapter folder, or a whole checkpoint under the base's own names, in float32."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltaspec.io.writer import TORCH, whole_file
+from deltaspec.io.writer import whole_file
 from deltaspec.training.adapted import Adapted
+from deltaspec.training.data import padding
 from deltaspec.training.sites import WRAPPED, base_parameters
 from deltaspec.training.switch import merge_module
-from deltaspec.types import Checkpoint
 from deltaspec.workflows.adapters import save_adapter
-from deltaspec.workflows.models import choose_dtype, quiet_transformers
+from deltaspec.workflows.models import quiet_transformers
 from deltaspec.workflows.skeletons import build_skeleton, describe_skeleton
 from deltaspec.workflows.train_model import Trained
 from deltaspec.workflows.train_plan import Plan
@@ -41,20 +41,25 @@ def save_trained(folder: Path, trained: Trained, plan: Plan) -> None:
 
 
 def _save_whole(folder: Path, trained: Trained, plan: Plan) -> None:
-    """Write config, tokenizer and weights; an adapter's W + ΔW are summed in float64 and rounded once."""
+    """Write config, tokenizer and weights in float32: in a base's bfloat16, small steps would be rounded away.
+
+    An adapter's W + ΔW are summed in float64 and rounded once.
+    """
     checkpoint, names = plan.checkpoint, plan.train.names
-    skeleton: Any = build_skeleton(
-        describe_skeleton(checkpoint.ref, task=plan.recipe.data.task, labels=len(names))
-    )  # without wrappers; transformers knows by it how this model's weights are named in files
-    tensors = _cast(_merge(trained.model), checkpoint, prefix=f"{skeleton.base_model_prefix}.")
+    kind = describe_skeleton(checkpoint.ref, task=plan.recipe.data.task, labels=len(names))
+    skeleton: Any = build_skeleton(kind)  # transformers knows by it how this model's weights are named in files
+    tensors = _merge(trained.model)
     with quiet_transformers():
         skeleton.save_pretrained(folder, state_dict=tensors)
         plan.tokenizer.save_pretrained(folder)
-    config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    config = _widen(checkpoint.config)
     config["architectures"] = [type(skeleton).__name__]
     if names:
         config["id2label"] = {str(number): name for number, name in enumerate(names)}
         config["label2id"] = {name: number for number, name in enumerate(names)}
+        for place in (config, config.get("text_config")) if kind.causal else ():
+            if isinstance(place, dict):
+                place["pad_token_id"] = padding(plan.tokenizer)  # its classifier reads the last token but this
     with whole_file(folder / "config.json") as stream:
         stream.write(json.dumps(config, indent=2, ensure_ascii=False).encode())
     for name in COPIED:
@@ -63,27 +68,24 @@ def _save_whole(folder: Path, trained: Trained, plan: Plan) -> None:
 
 
 def _merge(model: Any) -> dict[str, Tensor]:
-    """Return the model's own tensors by name, tied ones once, with what adapters add to them, rounded once."""
+    """Return the model's own tensors by name in float32, tied ones once, with what adapters add to them."""
     own = base_parameters(model)
-    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in own.items()}
     known = model.state_dict().keys()
-    tensors |= {WRAPPED.sub("", name): tensor for name, tensor in model.named_buffers() if name in known}
+    buffers = {WRAPPED.sub("", name): tensor for name, tensor in model.named_buffers() if name in known}
+    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in own.items()} | buffers
     names = {id(parameter): name for name, parameter in own.items()}
     for wrapper in [module for module in model.modules() if isinstance(module, Adapted)]:
-        merged = merge_module(wrapper)
+        merged = merge_module(wrapper, dtype=torch.float32)
         if merged.weight is not None:
             tensors[names[id(wrapper.weight)]] = merged.weight
         if merged.shift is not None:
             assert wrapper.bias is not None  # refused by the plan
             tensors[names[id(wrapper.bias)]] = wrapper.bias.detach() + merged.shift
-    return tensors
+    return {n: (t.float() if t.is_floating_point() else t).cpu() for n, t in tensors.items()}
 
 
-def _cast(tensors: dict[str, Tensor], checkpoint: Checkpoint, *, prefix: str) -> dict[str, Tensor]:
-    """Give every tensor the dtype that the base stores it in; one that it lacks gets that of most weights."""
-    most = choose_dtype(checkpoint, "auto", device=torch.device("meta"))
-    stored = {name.removeprefix(prefix): TORCH.get(spec.dtype, most) for name, spec in checkpoint.tensors.items()}
-    return {
-        name: tensor.to(kind if (kind := stored.get(name.removeprefix(prefix), most)).itemsize > 1 else most).cpu()
-        for name, tensor in tensors.items()
-    }
+def _widen(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a base's config for weights in float32, those of its parts too."""
+    wide = {name: _widen(value) if isinstance(value, dict) else value for name, value in config.items()}
+    wide.pop("quantization_config", None)
+    return wide | {name: "float32" for name in ("dtype", "torch_dtype") if name in wide}

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError, PairingError
-from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.store.trajectory import Trajectory
-from deltaspec.workflows.analyze import analyze_against, pair_sources
+from deltaspec.workflows.analyze import analyze_against, plan_analysis
 from deltaspec.workflows.base import Base
 from deltaspec.workflows.checkpoints import find_checkpoints
 from deltaspec.workflows.tasks import Step
@@ -125,15 +125,16 @@ def _default_path(manifest: dict[str, Any], checkpoints: Sequence[str | Path]) -
 
 
 def plan_steps(base: str | Path, checkpoints: Sequence[str | Path], options: AnalyzeOptions) -> list[dict[str, Any]]:
-    """Say what would be compared at each step, reading headers only: one row for each checkpoint.
+    """Say what would be compared at each step, reading no weights: one row for each checkpoint.
 
     Raises
     ------
     DeltaspecError
         If a side cannot be read, or the steps make no sense.
     """
-    first, rows = open_source(base), []
+    opened, rows = Base(base), []
     for step, ref in find_checkpoints(checkpoints):
-        plan = pair_sources(first, open_source(ref), options)
-        rows.append({"step": step, "checkpoint": ref, "matrices": len(plan.pairs), "left out": len(plan.skipped)})
+        plan = plan_analysis(opened, ref, options)
+        matrices = len(plan.pairs) + len(plan.attached)
+        rows.append({"step": step, "checkpoint": ref, "matrices": matrices, "left out": len(plan.skipped)})
     return rows

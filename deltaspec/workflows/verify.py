@@ -20,6 +20,7 @@ from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
+from deltaspec.pairing.plan import refuse_shapes
 from deltaspec.types import AdapterIndex, LowRankDelta, LowRankSource, MatrixSource, WeightPair
 from deltaspec.workflows.analyze import make_plan
 from deltaspec.workflows.finite import locate
@@ -83,6 +84,7 @@ def verify(
         raise PairingError(message)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
+    refuse_shapes(adapted.heads, vocabulary=False)
     found = match(plan, adapted, first, claims=claims)
     rows = _run(found.checks, options, progress)
     layout = make_layout(plan, first)

@@ -78,7 +78,30 @@ def test_json_and_table_agree_with_what_is_published(invoke, distilbert):
     ]
     assert lines[4].split()[:3] == ["trainable", "147,456", "0.2197%"]
     assert lines[6].split()[:4] == ["stored", "147,456", "590", "kB"]
+    assert counts["left_out"] == []
     assert lines[7].split() == ["total", "67,102,466", "DistilBertForSequenceClassification"]
+
+
+def test_vblora_says_what_a_release_without_topk_holds(invoke, distilbert):
+    """Bank and all logits: h (b + r Σ (m + n) / b)."""
+    arguments = (distilbert, "--method", "vblora", "--targets", "q_proj", "--vectors", 90, "--rank", 4)
+    whole = 90 * (256 + 4 * 6 * (768 + 768) // 256)
+    assert f"released without it, it holds {whole:,}." in invoke(*arguments).stdout
+    assert json.loads(invoke(*arguments, "--json").stdout)["released"] == whole
+    short = json.loads(invoke(*arguments, "--save-topk", "--json").stdout)
+    assert short["released"] == short["stored"] < whole
+    assert "Note" not in invoke(*arguments, "--save-topk").stdout
+
+
+def test_experts_that_are_left_out_are_named(invoke, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.MixtralConfig(**sizes, num_key_value_heads=1, num_local_experts=3).save_pretrained(tmp_path)
+    last = invoke(tmp_path, "--rank", 2).stdout.splitlines()[-1]
+    assert last.startswith("Left out: ")
+    assert "layers.*.mlp.experts.down_proj (2 of 3 × 16 × 24): experts stacked in one parameter" in last
+    left = json.loads(invoke(tmp_path, "--rank", 2, "--json").stdout)["left_out"]
+    assert {"tensor": "layers.1.mlp.experts.down_proj", "shape": [3, 16, 24]}.items() <= left[-1].items()
+    assert "Left out" not in invoke(tmp_path, "--rank", 2, "--targets", "attention").stdout
 
 
 @pytest.mark.parametrize(
@@ -88,6 +111,7 @@ def test_json_and_table_agree_with_what_is_published(invoke, distilbert):
         (["--method", "full", "--rank", 3], "--rank does not belong to --method full: it has no options."),
         (["--method", "magic"], "--method is 'magic': expected one of full, "),
         (["--targets", "wonder"], "this model has the roles q_proj, "),
+        (["--targets", "q_lin$"], "must match a whole path such as 'transformer.layer.0.attention.q_lin'"),
         (["--rank", 999], "--rank is 999, but 'transformer.layer.0.attention.q_lin' is 768 × 768"),
         (["--depths", "first"], "--depths has 'first'"),
     ],

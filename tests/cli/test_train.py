@@ -92,3 +92,12 @@ def test_help_loads_no_torch():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("flags", [["--lr", "1e38"], ["--lr", "1e-3,1e38"], ["--forget-label", "intent"]])
+def test_options_that_cannot_mean_anything_are_refused(flags, tmp_path):
+    words = ["train", "nowhere", "--data", "none.csv", "-o", str(tmp_path / "out"), *flags]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2
+    assert flags[0].removesuffix("-label") in result.output
+    assert "Traceback" not in result.output

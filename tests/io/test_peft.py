@@ -149,11 +149,18 @@ def test_adapter_names_inside_keys(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "started from pissa"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"peft_type": "DELTASPEC_TIED"}, "DELTASPEC_TIED adapter"),
     ],
 )
 def test_other_methods_are_refused_by_name(tmp_path: Path, config: dict[str, Any], words: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"adapter_config\.json'.*{words}.*merge it into its base"):
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json'.*{words}.*analyze.*--save full"):
         opened(write_adapter(tmp_path, factors("q"), **config))
+
+
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "PROMPT_TUNING", "DELTASPEC_SERIES"])
+def test_methods_without_weights_are_not_told_to_merge(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"a {kind} adapter, which changes no weights\.$"):
+        opened(write_adapter(tmp_path, factors("q"), peft_type=kind))
 
 
 def test_magnitudes_are_refused_whatever_the_config_says(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ def test_modules_saved_whole_pair_with_the_base_or_are_listed(tmp_path):
     assert full.metrics["frobenius_norm"] == pytest.approx(math.sqrt(state[embed].numel()), rel=1e-6)
     assert [row["tensor"] for row in run.vectors] == [norm]
     assert [row["tensor"] for row in run.skipped] == ["score.weight"]
+    other = write(tmp_path / "other", state | {"score.weight": torch.ones(3, 3)}, family.config)
+    run = deltaspec.analyze(other, lora, tmp_path / "other run", options=OPTIONS)
+    assert run.skipped == [{"tensor": "score.weight", "reason": "a task head of another shape than the base's"}]
+    with pytest.raises(PairingError, match="Cannot pair 'score.weight'"):
+        deltaspec.merge(other, [lora], tmp_path / "merged")
 
 
 def test_a_side_that_is_only_factors_has_no_spectrum_of_its_own(tmp_path):

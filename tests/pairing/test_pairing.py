@@ -32,13 +32,19 @@ def reasons(plan):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("", "bert."), ("model.", ""), ("model.", "model.language_model."), ("", "module._orig_mod.")]
+    ("old", "new", "said"),
+    [
+        ("", "bert.", "have 'bert.' before those of the base"),
+        ("model.", "", "lack the 'model.' of those of the base"),
+        ("model.", "model.language_model.", "begin with 'model.language_model.' where those of the base begin with 'm"),
+        ("", "module._orig_mod.", "have 'module._orig_mod.' before"),
+    ],
 )
-def test_one_change_of_prefix_pairs_everything(old, new):
+def test_one_change_of_prefix_pairs_everything(old, new, said):
     names = [f"layers.{i}.{role}.weight" for i in range(3) for role in ("q", "k")]
     mapping, note = align_names([old + n for n in names], [new + n for n in names])
     assert mapping == {old + n: new + n for n in names}
-    assert f"'{new}'" in note
+    assert note.startswith(f"names in the tuned model {said}")
 
 
 def test_equal_names_pair_and_a_few_odd_ones_are_not_forced():
@@ -104,6 +110,7 @@ def test_disjoint_models_do_not_pair(tmp_path):
 
 
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+HEADS_REASON = "a task head of another shape than the base's"
 BODY = {"model.layers.0.mlp.up_proj.weight": matrix(6, 4)}
 
 
@@ -168,6 +175,23 @@ def test_the_common_rows_are_the_first_ones(tmp_path):
 def test_other_shapes_stop_and_name_exclude(tmp_path):
     with pytest.raises(PairingError, match=r"--exclude 'model\\\.layers"):
         pair(tmp_path, BODY, {next(iter(BODY)): matrix(6, 5)})
+
+
+def test_a_task_head_of_other_classes_is_left_out_of_an_analysis_only(tmp_path):
+    """Whatever --vocab says; a matrix inside the body of another shape still stops."""
+    heads = {n: {"score.weight": matrix(n, 4), "score.bias": torch.zeros(n)} for n in (2, 3)}
+    base, tuned = {**BODY, **heads[3]}, {n: t + 1 for n, t in {**BODY, **heads[2]}.items()}
+    folders = [write(tmp_path / side, state, {}) for side, state in (("b", base), ("t", tuned))]
+    for vocab in ("strict", "common"):
+        options = deltaspec.AnalyzeOptions(device="cpu", vocab=vocab)
+        run = deltaspec.analyze(*folders, tmp_path / vocab, options=options)
+        assert {r.key.tensor for r in run.records} == set(BODY)
+        assert {row["tensor"]: row["reason"] for row in run.skipped} == dict.fromkeys(heads[2], HEADS_REASON)
+        with pytest.raises(PairingError, match=r"Cannot pair 'score.*base has shape \(3"):
+            make_plan(*folders, options)
+    body = {n: matrix(7, 4) for n in BODY}
+    with pytest.raises(PairingError, match="up_proj.weight': base has shape"):
+        deltaspec.analyze(folders[0], write(tmp_path / "o", body, {}), tmp_path / "run", options=OPTIONS)
 
 
 @pytest.mark.parametrize("stacked", ["mixtral", "qwen3_moe"])

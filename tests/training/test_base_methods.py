@@ -8,8 +8,10 @@ import torch
 import transformers
 
 from deltaspec.errors import CheckpointError, OptionError
+from deltaspec.options import TargetOptions
 from deltaspec.training.attachment import freeze
 from deltaspec.training.methods import METHODS
+from deltaspec.training.targets import choose_sites
 from tests.tiny_models import build
 
 IDS = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 5, 21, 3]])
@@ -203,3 +205,28 @@ def test_originals_are_read_from_elsewhere_and_clones_freed():
     assert asked == [f"{site.path}.weight"]
     attachment.detach()
     assert changed(before, values(model)) == set()
+
+
+@pytest.mark.parametrize("name", ["classifier", "llama", "gpt2"])
+def test_compacter_trains_norms_of_a_narrow_model_in_float32(name):
+    """Steps of 1e-5, which bf16 would round away at 1; what runs stays bf16, and the base gets its bits back."""
+    model = build(name).bfloat16()
+    before, start = values(model), model(input_ids=IDS)[0]
+    freeze(model)
+    sites = choose_sites(model, TargetOptions("o_proj,down_proj"))
+    options = METHODS["compacter"].options(factors=2, reduction=4)
+    attachment = METHODS["compacter"].attach(model, sites, options, name="default", seed=0)
+    found = model(input_ids=IDS)[0]
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), start.float(), atol=0.05)
+    optimizer = torch.optim.SGD(attachment.trained().values(), lr=1e-5)
+    found.float().square().mean().backward()
+    norms = attachment.norms.parameters
+    wanted = {n: before[n].double() - 1e-5 * p.grad.double() for n, p in norms.items()}
+    optimizer.step()
+    assert all(torch.allclose(norms[n].double(), wanted[n], rtol=1e-7, atol=0) for n in norms)
+    weights = [n for n in norms if n.endswith("weight")]
+    assert weights and all(not torch.equal(norms[n], before[n].float()) for n in weights)
+    attachment.detach()
+    assert not changed(before, values(model))
+    assert torch.equal(model(input_ids=IDS)[0], start)

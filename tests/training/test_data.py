@@ -224,6 +224,18 @@ def test_the_held_out_part_depends_on_the_seed():
     assert split_table(table, 0.0, seed=0)[1].rows == []
 
 
+def test_equal_texts_are_held_out_together():
+    """40 texts four times each, in two classes, unlike in case and spaces: none is on both sides."""
+    texts = [form.format(n) for form in ("Text {}", "text {}", " TEXT  {} ", "text {}") for n in range(40)]
+    table = Table("file", texts, list(range(160)), [n % 40 % 2 for n in range(160)], ("a", "b"))
+    train, held = split_table(table, 0.25, seed=3)
+    known, asked = ({text.split()[1] for text in part.texts} for part in (train, held))
+    assert not known & asked and len(asked) == 10 and len(held.texts) == 40
+    assert Counter(held.labels) == {0: 20, 1: 20}
+    with pytest.raises(CheckpointError, match="too few texts .1 different ones"):
+        split_table(table.take([0, 40, 80, 120]), 0.25, seed=0)
+
+
 def test_ids_are_those_of_the_tokenizer(tmp_path):
     words = tokenizer(tmp_path / "t")
     examples = read_examples(write(tmp_path, "a.csv"), DataOptions(), words, limits=(64, 25))

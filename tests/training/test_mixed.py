@@ -14,6 +14,7 @@ from deltaspec.training.adapted import Adapted
 from deltaspec.training.attachment import Attachment, freeze
 from deltaspec.training.methods import METHODS
 from deltaspec.training.mixed import MixedBatch
+from deltaspec.training.switch import Adapters
 from deltaspec.training.targets import choose_sites
 from tests import tiny_models
 
@@ -95,6 +96,19 @@ def test_rows_as_if_alone(case: str, dtype: torch.dtype) -> None:
         mixed.select(name)
         alone = one_by_one_mixed(model, ids[:2])
         torch.testing.assert_close(model(input_ids=ids[:2]).logits, alone)
+
+
+@torch.no_grad()
+def test_a_mapping_is_as_good_as_a_sequence() -> None:
+    """What Adapters holds goes into a mixed batch as it is."""
+    model = tiny_models.build("llama")
+    adapters = attach(model, {"a": ("lora", "all", LORA), "b": ("vera", "all", {"rank": 2})})
+    held = Adapters(model, adapters)
+    assert held.attachments == adapters
+    expected = one_by_one(model, adapters, tokens(2), ["b", "a"])
+    mixed = MixedBatch(model, held.attachments)
+    mixed.select(["b", "a"])
+    torch.testing.assert_close(model(input_ids=tokens(2)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def one_by_one_mixed(model: Any, ids: torch.Tensor) -> torch.Tensor:

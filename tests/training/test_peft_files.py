@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,35 @@ def test_a_tied_head_is_untied_before_it_gets_values_of_its_own(tmp_path: Path) 
     assert torch.equal(again.lm_head.weight, torch.ones(25, 16))
 
 
+SHARED: dict[str, Callable[..., Any]] = {
+    "vera": lambda **given: peft.VeraConfig(r=4, **given),
+    "vblora": lambda **given: peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=8, **given),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("target", ["v_proj", "down_proj"], ids=["inside", "elsewhere"])
+@pytest.mark.parametrize("method", SHARED)
+def test_biases_that_peft_trains_beside_shared_methods_are_refused(method: str, target: str, tmp_path: Path) -> None:
+    """Not copied into the base, where detach() would leave them and delta() would not know of them."""
+    own = peft.get_peft_model(
+        tiny_models.build("llama", attention_bias=True), SHARED[method](target_modules=[target], bias="all")
+    )
+    own.save_pretrained(tmp_path)
+    assert any(name.endswith("bias") for name in load_file(tmp_path / "adapter_model.safetensors"))
+    model = tiny_models.build("llama", attention_bias=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"has 'model\.layers\.0.*bias', a bias of its base, .* bias 'all'\)"):
+        load_adapter(model, tmp_path)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    bare = peft.get_peft_model(tiny_models.build("llama"), SHARED[method](target_modules=[target], bias="all"))
+    bare.save_pretrained(tmp_path / "bare")
+    model = tiny_models.build("llama")
+    load_adapter(model, tmp_path / "bare")
+    assert apart(output(model), output(bare.eval())) <= 1e-5
+
+
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 WRONG: dict[str, tuple[str, Change, str]] = {
@@ -217,8 +248,48 @@ def test_a_wrong_file_is_one_clear_error_and_leaves_the_model_alone(case: str, t
     assert len(dict(list_modules(model))) == len(list(model.modules()))
 
 
+@pytest.mark.parametrize("method", [name for name, line in METHODS.items() if line.peft and name != "prompt"])
+def test_peft_knows_every_field(method: str, tmp_path: Path) -> None:
+    attachment = attach(tiny_models.build("llama"), method)
+    save_adapter(tmp_path, attachment, base="here", task_type="CAUSAL_LM", heads={})
+    peft.PeftConfig.from_pretrained(tmp_path)  # warnings are errors
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "vblora"])
+def test_peft_adapts_no_module_whose_path_ends_alike(method: str, tmp_path: Path) -> None:
+    def build() -> Any:
+        model = tiny_models.build("llama")
+        model.add_module("draft", torch.nn.ModuleDict({"model": tiny_models.build("llama").model}))
+        return model
+
+    model = build()
+    sites = [s for s in choose_sites(model, TargetOptions("q_proj")) if s.path.startswith("model.")]
+    line = METHODS[method]
+    small = {name: value for name, value in SMALL.items() if name in line.options.__dataclass_fields__}
+    attachment = line.attach(model, sites, line.options(**small), name="mine", seed=0)
+    save_adapter(tmp_path, attachment, base="here", task_type=None, heads={})
+    names = [name for name, _ in in_peft(tmp_path, build()).named_parameters() if name.endswith(".base_layer.weight")]
+    assert [name.removeprefix("base_model.model.") for name in names] == [f"{s.path}.base_layer.weight" for s in sites]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_new_modules_are_in_the_mode_of_those_they_wrap(method: str, training: bool, tmp_path: Path) -> None:
+    """Dropout of an adapter on a model in eval mode would make its outputs random."""
+    first = attach(tiny_models.build("llama"), method, "q_proj", dropout=0.5)
+    save_adapter(tmp_path, first, base="here", task_type=None, heads={})
+    model = tiny_models.build("llama").train(training)
+    load_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, name="second")
+    assert {module.training for module in model.modules()} == {training}
+    assert torch.equal(output(model), output(model)) is not training
+
+
 def test_folders_that_are_no_adapters(tmp_path: Path) -> None:
     model = tiny_models.build("llama")
+    whole = tiny_models.save(model, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"is a whole checkpoint: open it with transformers' from_pretrained\.$"):
+        load_adapter(model, whole)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         load_adapter(model, tmp_path)
     with pytest.raises(CheckpointError, match="no such|expected a folder"):
@@ -233,6 +304,54 @@ def test_folders_that_are_no_adapters(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(CheckpointError, match="damaged or truncated"):
         load_adapter(model, tmp_path)
+
+
+def test_an_older_adapter_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before any change of the folder, it holds the old pair, no adapter, or the new one; never a mixture."""
+    known, folder = {}, tmp_path / "adapter"
+    for name, alpha in (("new", 8.0), ("old", 2.0)):  # either file of one with the other of the other would load
+        model = tiny_models.build("llama")
+        attachment = attach(model, "lora", alpha=alpha)
+        with torch.no_grad():
+            attachment.state()[A].mul_(alpha)
+        save_adapter(tmp_path / name, attachment, base="here", task_type=None, heads={})
+        known[name] = attachment, output(model)
+    changes = {name: getattr(Path, name) for name in ("replace", "rename", "unlink")}
+    seen: list[str] = []
+    while "done" not in seen:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", folder)
+        (folder / "README.md").write_text("mine")
+        left = iter(range(len(seen)))
+
+        def change(*arguments: Any, name: str, left: Iterator[int] = left, **given: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return changes[name](*arguments, **given)
+
+        with monkeypatch.context() as patch:
+            for name in changes:
+                patch.setattr(Path, name, partialmethod(change, name=name))
+            try:
+                save_adapter(folder, known["new"][0], base="here", task_type=None, heads={})
+                finished = True
+            except KeyboardInterrupt:
+                finished = False
+        seen.append("done" if finished else _which(folder, {name: logits for name, (_, logits) in known.items()}))
+        assert (folder / "README.md").read_text() == "mine"
+    assert _which(folder, {name: logits for name, (_, logits) in known.items()}) == "new"
+    assert seen[0] == "old" and "none" in seen and "mixture" not in seen
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == files
+
+
+def _which(folder: Path, known: dict[str, torch.Tensor]) -> str:
+    """Say which adapter a folder holds, by the logits that it gives."""
+    if not (folder / "adapter_config.json").is_file():
+        return "none"
+    model = tiny_models.build("llama")
+    load_adapter(model, folder)
+    return next((name for name, logits in known.items() if torch.equal(output(model), logits)), "mixture")
 
 
 def test_hub_ids_go_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,7 +169,7 @@ class Switching(RuleBasedStateMachine):
 
 
 TestSwitching = Switching.TestCase
-TestSwitching.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestSwitching.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,13 +12,15 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options import TargetOptions
 from deltaspec.training.methods import METHODS
-from deltaspec.workflows.count import choose_method_sites, count, count_parameters, make_options
-from deltaspec.workflows.skeletons import list_head
+from deltaspec.training.targets import list_left_out
+from deltaspec.workflows.count import choose_method_sites, count, count_parameters, describe_left_out, make_options
+from deltaspec.workflows.skeletons import build_skeleton, describe_skeleton, list_head
 from tests.io.test_hub import COMMIT, Hub
 from tests.tiny_models import build
 
@@ -51,19 +54,31 @@ def configs(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def skeletons(configs):
+    """The published models without weights, each made once."""
+
+    @functools.cache
+    def make(name):
+        settings = PUBLISHED["models"][name]
+        kind = describe_skeleton(configs[name], task=settings.get("task", ""), labels=settings.get("labels", 0))
+        return build_skeleton(kind)
+
+    return make
+
+
 @pytest.mark.parametrize(
     "row", PUBLISHED["rows"], ids=lambda row: f"{row['model']}-{row['method']}-{row.get('targets', '')}"
 )
-def test_published_counts(row, configs):
-    model = PUBLISHED["models"][row["model"]]
-    counts = count(
-        configs[row["model"]],
-        row["method"],
-        row.get("options"),
-        targets=TargetOptions(row.get("targets", ""), split=row.get("split", False)),
-        task=model.get("task", ""),
-        labels=model.get("labels", 0),
+def test_published_counts(row, skeletons):
+    model, method = skeletons(row["model"]), row["method"]
+    targets = TargetOptions(row.get("targets", ""), split=row.get("split", False))
+    sites = choose_method_sites(model, method, targets)
+    attachment = METHODS[method].attach(
+        model, sites, make_options(method, row.get("options", {})), name="default", seed=0
     )
+    counts = count_parameters(model, attachment)
+    attachment.detach()
     assert sum(role.trainable for role in counts.roles) == counts.trainable
     expected = {what: row[what] for what in ("trainable", "stored", "total") if what in row}
     assert expected == {what: getattr(counts, what) for what in expected} != {}
@@ -98,6 +113,61 @@ def test_a_count_from_a_config_is_what_is_attached(name, method, tmp_path):
     if method != "vblora":
         assert counts.bytes["stored"] == released
     assert sum(role.trainable for role in counts.roles) == counts.trainable
+
+
+@pytest.mark.parametrize("name", ["gpt2-large", "distilbert", "whisper-large-v2", "gemma-7b"])
+def test_a_published_count_from_the_config(name, configs):
+    row = next(row for row in PUBLISHED["rows"] if row["model"] == name and "trainable" in row)
+    targets, given = TargetOptions(row.get("targets", ""), split=row.get("split", False)), PUBLISHED["models"][name]
+    task = {key: given[key] for key in ("task", "labels") if key in given}
+    found = count(configs[name], row["method"], row.get("options"), targets=targets, **task)
+    assert (found.trainable, found.total) == (row["trainable"], row.get("total", found.total))
+
+
+MOE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
+EXPERTS = {
+    "MixtralForCausalLM": {"num_local_experts": 3, "intermediate_size": 24},
+    "GptOssForCausalLM": {"num_local_experts": 3, "intermediate_size": 24, "head_dim": 8},
+    "Qwen2MoeForCausalLM": {
+        "num_experts": 3,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 12,
+        "mlp_only_layers": [0],
+        "intermediate_size": 24,
+    },
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_no_matrix_of_the_blocks_is_left_out_without_a_word(name):
+    """Stacks of experts, and what lies beside layers, are listed: of the blocks' matrices sites and list hold all."""
+    cls = getattr(transformers, name)
+    with torch.device("meta"):
+        model = cls(cls.config_class(**MOE, **EXPERTS[name]))
+    held = {n: tuple(p.shape) for n, p in model.named_parameters() if p.ndim > 1 and ".layers." in n}
+    held = {n: shape for n, shape in held.items() if not n.endswith("_bias")}  # experts' biases, stacked
+    sites = {site.key.tensor for site in choose_method_sites(model, "lora", TargetOptions("all"))}
+    left = {one.tensor: one.shape for one in list_left_out(model, TargetOptions("all"))}
+    assert left == {n: shape for n, shape in held.items() if n not in sites}
+    assert sum(".mlp.experts." in n and len(shape) == 3 for n, shape in left.items()) == (2 if "Qwen" in name else 4)
+    mlp = {one.tensor for one in list_left_out(model, TargetOptions("mlp", depths="1"))}
+    assert mlp == {f"model.layers.1.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")}
+    assert list_left_out(model, TargetOptions("attention,embed")) == []
+
+
+def test_a_model_all_of_experts_has_no_mlp_to_adapt(tmp_path):
+    write(tmp_path, "MixtralConfig", **MOE, **EXPERTS["MixtralForCausalLM"])
+    for targets in ("mlp", "attention,down_proj", ".*experts.*"):
+        with pytest.raises(OptionError, match=r"experts\.(gate_up|down)_proj' \(3 × .* stacked in one parameter"):
+            count(tmp_path, options={"rank": 2}, targets=TargetOptions(targets))
+    counts = count(tmp_path, options={"rank": 2})
+    assert {role.role for role in counts.roles} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    missed = 2 * (3 * 48 * 16 + 3 * 16 * 24 + 3 * 16)
+    said = describe_left_out(counts.left_out)
+    assert said.startswith(f"Left out: {missed:,} parameters, in ")
+    assert "layers.*.mlp.experts.gate_up_proj (2 of 3 × 48 × 16), " in said
+    assert said.count("\n") == 0
+    assert count(tmp_path, "full").left_out == ()
 
 
 def test_vblora_stored_is_the_smallest_release():

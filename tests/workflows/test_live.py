@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 from pathlib import Path
 
@@ -10,15 +11,20 @@ import numpy as np
 import peft
 import pytest
 import torch
+from click.testing import CliRunner
 
+from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, NumericalError, PairingError
 from deltaspec.options import AnalyzeOptions, TargetOptions
+from deltaspec.pairing.plan import HEAD
 from deltaspec.training.attachment import freeze
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites import list_sites, module_at
 from deltaspec.training.targets import choose_sites
 from deltaspec.workflows.adapters import save_adapter
-from deltaspec.workflows.analyze import analyze
+from deltaspec.workflows.analyze import analyze, plan_analysis
+from deltaspec.workflows.attached import WHOLE
+from deltaspec.workflows.base import Base
 from deltaspec.workflows.live import analyze_live
 from tests import tiny_models
 
@@ -172,6 +178,70 @@ def test_an_adapter_trained_with_a_head_fits_a_base_without(tmp_path):
     assert {row["tensor"] for row in run.skipped} == {"classifier.weight", "classifier.bias"}
 
 
+OUTSIDE = ["vera", "dora", "vblora", "tied", "lora_xs"]
+
+
+@pytest.mark.parametrize("method", OUTSIDE)
+@pytest.mark.parametrize("side", ["bare", "other head"])
+def test_a_classifier_s_adapter_is_what_its_factors_say(tmp_path, method, side):
+    """Against its base without a head, and one whose head has other classes; each in float64 from its tensors."""
+    model = tiny_models.build("classifier", num_labels=2)
+    dora = method == "dora"
+    attachment = attach(model, "lora" if dora else method, targets="all", dora=dora)
+    other = tiny_models.build("classifier", num_labels=3)
+    body = {n.replace(".base.", "."): t for n, t in model.bert.state_dict().items() if ".updates." not in n}
+    other.bert.load_state_dict(body)
+    base = tiny_models.save(other.bert if side == "bare" else other, tmp_path / "base")
+    head = dict(model.classifier.state_dict(prefix="classifier."))
+    save_adapter(tmp_path / "adapter", attachment, base="base", task_type="SEQ_CLS", heads=head)
+    assert plan_analysis(Base(base), tmp_path / "adapter", CPU).attached
+    run = analyze(base, tmp_path / "adapter", tmp_path / "run", options=CPU)
+    prefix = "" if side == "bare" else "bert."
+    names = {site.name: prefix + site.key.tensor.removeprefix("bert.") for site in attachment.sites}
+    assert {r.key.tensor for r in run.records} == set(names.values())
+    for site in attachment.sites:
+        update, stored = attachment.updates[site.name], attachment.updates[site.name].tensors()
+        pair = update.factors() or (stored["lora_A.weight"], update.scaling * stored["lora_B.weight"])
+        lora_A, lora_B = (factor.detach().double().numpy() for factor in pair)
+        change = lora_B @ lora_A
+        if dora:
+            weight = module_at(model, site.path).weight.detach().double().numpy()
+            whole = weight + change
+            magnitude = stored["lora_magnitude_vector"].detach().double().numpy()
+            change = magnitude[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True) - weight
+        values = np.linalg.svd(change, compute_uv=False)
+        found = run.spectrum(names[site.name]).singular_values.numpy()
+        assert np.abs(found - values[: len(found)]).max() < 1e-6 * values[0]
+    reasons = {row["reason"] for row in run.skipped}
+    assert {row["tensor"] for row in run.skipped} == {"classifier.weight", "classifier.bias"}
+    assert reasons == {WHOLE if side == "bare" else HEAD}
+
+
+@pytest.mark.parametrize("method", ["vera", "dora", "vblora"])
+def test_a_dry_run_lists_what_the_run_will_hold_and_loads_no_weights(tmp_path, method, monkeypatch):
+    base = tiny_models.save(tiny_models.build("gpt2"), tmp_path / "base")
+    changed = {"dora": {"dora": True}, "vblora": {"save_topk": True}}.get(method, {})
+    attachment = attach(tiny_models.build("gpt2"), method.replace("dora", "lora"), **changed)
+    folder = write_adapter(tmp_path / "adapter", attachment)
+    options = AnalyzeOptions(device="cpu", workers=1, exclude="c_proj")
+    run = analyze(base, folder, tmp_path / "run", options=options)
+    monkeypatch.setattr("deltaspec.workflows.base.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    plan = plan_analysis(Base(base), folder, options)
+    assert [str(key) for key, _ in plan.attached] == run.manifest["planned"] != []
+    assert [shape for _, shape in plan.attached] == [(16, 16)] * 6
+    assert plan.skipped == run.skipped != []
+    assert (plan.notes, plan.family) == (run.manifest["notes"], run.manifest["family"])
+    command = ["analyze", str(base), str(folder), "--exclude", "c_proj", "--dry-run"]
+    said = CliRunner().invoke(cli, command)
+    assert said.exit_code == 0
+    assert "transformer.h.1.attn.c_attn.weight/v_proj  v_proj      1  16×16  attached" in said.stdout
+    assert "attached to the running base." in said.stdout
+    listed = json.loads(CliRunner().invoke(cli, [*command, "--json"]).stdout)["pairs"]
+    assert [row["matrix"] for row in listed] == run.manifest["planned"]
+    steps = CliRunner().invoke(cli, ["analyze", str(base), str(folder), str(folder), "--dry-run", "--json"])
+    assert [row["matrices"] for row in json.loads(steps.stdout)] == [8, 8]
+
+
 def test_methods_that_change_no_weights_are_refused(tmp_path):
     base = tiny_models.save(tiny_models.build("llama"), tmp_path / "base")
     attachment = attach(tiny_models.build("llama"), "series")
@@ -180,6 +250,8 @@ def test_methods_that_change_no_weights_are_refused(tmp_path):
     folder = write_adapter(tmp_path / "adapter", attachment)
     with pytest.raises(PairingError, match=r"no ΔW to decompose"):
         analyze(base, folder, tmp_path / "run")
+    with pytest.raises(PairingError, match=r"no ΔW to decompose"):
+        plan_analysis(Base(base), folder, CPU)
     assert not (tmp_path / "run").exists()
 
 

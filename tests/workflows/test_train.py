@@ -14,7 +14,7 @@ from deltaspec.errors import NumericalError, OptionError, RunError
 from deltaspec.options import DataOptions, TargetOptions
 from deltaspec.workflows.analyze import analyze
 from tests.tiny_models import build, save
-from tests.workflows.train_case import CLASSES, TASKS, read_bytes, read_lines, run, write_case
+from tests.workflows.train_case import CLASSES, held_out, read_bytes, read_lines, run, write_case
 
 LORA = {"rank": 4, "dropout": 0.3}
 
@@ -93,22 +93,6 @@ def test_a_finished_training_is_not_repeated_and_another_is_refused(root, tmp_pa
             run(root, tmp_path / "mine", overwrite=overwrite)
 
 
-def held_out(root, model, out):
-    """The held-out loss of a saved model by transformers' own loss, one text at a time."""
-    from deltaspec.training.data import read_split
-
-    data, options = TASKS[model]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(root / model)
-    _, held = read_split(str(root / data), options, tokenizer)
-    losses, counts = [], []
-    for number in range(len(held)):
-        batch = held.batch(torch.tensor([number]), pad=0)
-        with torch.no_grad():
-            losses.append(out(**batch).loss.item())
-        counts.append(batch["labels"].shape[-1] - 1 if options.task == "causal-lm" else 1)
-    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-
-
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # PEFT asks for it
 def test_an_adapter_and_its_head_load_into_peft(root, tmp_path):
     report = run(root, tmp_path / "out", targets=TargetOptions("attention"), method_options=LORA)
@@ -152,14 +136,6 @@ def test_a_whole_checkpoint_is_what_was_trained(root, tmp_path, model, method, g
     assert changed
     if method == "last_layers":
         assert all(".layers.1." in name or "lm_head" in name for name in changed)
-
-
-def test_a_checkpoint_keeps_the_names_and_dtypes_of_the_base(root, tmp_path):
-    """bf16 and tied; trained in float32, so that small steps are not lost."""
-    run(root, tmp_path / "out", "tied", method="full", loop={"lr": 1e-3})
-    base, tuned = load_file(root / "tied/model.safetensors"), load_file(tmp_path / "out/final/model.safetensors")
-    assert {name: (t.dtype, t.shape) for name, t in base.items()} == {n: (t.dtype, t.shape) for n, t in tuned.items()}
-    assert any(not torch.equal(base[name], tuned[name]) for name in base)
 
 
 def test_a_head_that_is_there_goes_on_and_a_narrow_one_is_trained_wide(root, tmp_path):

@@ -25,6 +25,7 @@ from deltaspec.workflows.analyze import analyze
 from deltaspec.workflows.checkpoints import find_checkpoints
 from deltaspec.workflows.plot import plot
 from deltaspec.workflows.train import train
+from deltaspec.workflows.train_folder import read_report
 from deltaspec.workflows.trajectory import trajectory
 from tests import tiny_models
 from tests.families import FAMILIES, random_state, write
@@ -98,6 +99,7 @@ def test_a_truncated_checkpoint_is_named_and_the_others_stand(training, tmp_path
     result = call("analyze", base, out, "-o", tmp_path / "t", "--quiet")
     assert result.exit_code == 1
     assert "Failed: step 300: " in result.output
+    assert "Failed: 1 of the checkpoints or tensors; " in result.output
     assert str(file) in result.output
     found = Trajectory.load(tmp_path / "t")
     assert found.steps == [20, 1000]
@@ -200,6 +202,12 @@ def test_a_training_folder_stands_for_its_checkpoints_and_its_end(training, tmp_
     shutil.copytree(folder, rates / "lr-0.1")
     (rates / "train.json").write_text(json.dumps({"format": 1, "runs": [], "best": "lr-0.1"}))
     assert [Path(ref).parts[-3] for _, ref in find_checkpoints([rates])] == ["lr-0.1", "lr-0.1"]
+    with pytest.raises(RunError, match=rf"^'{base}' is no training folder \(it has no train\.json\): pass what"):
+        read_report(base)
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "train.json").write_text('{"format"')
+    with pytest.raises(RunError, match="cannot be read .*--overwrite"):
+        read_report(tmp_path / "torn")
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "train.json").write_text('{"format": 1}')
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
@@ -227,6 +235,33 @@ def test_adapter_checkpoints_of_a_training(tmp_path, method):
     assert len(first) == 4
     assert all(second[key] == pytest.approx(4 * first[key], rel=1e-6) for key in first)  # both factors doubled
     assert found.runs[0].records[0].metrics["rank_90"] == (1 if method == "lora" else 2)
+
+
+def test_vectors_alone_are_said_to_have_changed(training, tmp_path):
+    """A table of zeros below which nothing stood."""
+    base, _ = training
+    state = load_file(base / "model.safetensors")
+    for step, size in ((1, 0.0), (2, 0.1)):
+        norms = {name: tensor + size * (tensor.ndim < 2) for name, tensor in state.items()}
+        write(tmp_path / "norms" / f"step-{step}", norms, LLAMA.config)
+    said = call("analyze", base, tmp_path / "norms", "-o", tmp_path / "t", "--quiet").stdout
+    changed = sum(tensor.ndim < 2 for tensor in state.values())
+    assert f"\nNo matrix changed, only vectors: {changed} of role norm; " in said
+    assert "only vectors" in call("show", tmp_path / "t").stdout
+    alike = call("analyze", base, tmp_path / "norms" / "step-1", base, "-o", tmp_path / "u", "--quiet")
+    assert "only vectors" not in alike.stdout
+
+
+def test_a_training_s_final_folder_has_its_last_step(tmp_path):
+    folder = tmp_path / "training"
+    for place in (folder / "final", folder / "checkpoints" / "step-00000010", tmp_path / "final"):
+        place.mkdir(parents=True)
+        save_file({"x": torch.zeros(1)}, place / "model.safetensors")
+    (folder / "train.json").write_text(json.dumps({"format": 1, "results": {"steps": 25}}))
+    step = str(folder / "checkpoints" / "step-00000010")
+    assert find_checkpoints([str(folder / "final"), step]) == [(10, step), (25, str(folder / "final"))]
+    with pytest.raises(OptionError, match="while others have one"):
+        find_checkpoints([str(tmp_path / "final"), step])
 
 
 def test_activation_methods_are_refused(tmp_path):

@@ -7,7 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from deltaspec.options import DataOptions, LoopOptions, RunOptions
+from deltaspec.training.data import read_split
 from deltaspec.workflows.train import train
 from tests.tiny_models import WORDS, build, save, write_text
 
@@ -58,3 +62,17 @@ def read_lines(out: Path) -> list[dict[str, Any]]:
 def read_bytes(folder: Path) -> dict[str, bytes]:
     """Every file of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def held_out(root: Path, model: str, out: Any) -> float:
+    """The held-out loss of a saved model by transformers' own loss, one text at a time."""
+    data, options = TASKS[model]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / model)
+    _, held = read_split(str(root / data), options, tokenizer)
+    losses, counts = [], []
+    for number in range(len(held)):
+        batch = held.batch(torch.tensor([number]), pad=0)
+        with torch.no_grad():
+            losses.append(out(**batch).loss.item())
+        counts.append(batch["labels"].shape[-1] - 1 if options.task == "causal-lm" else 1)
+    return sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)

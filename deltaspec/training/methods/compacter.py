@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from deltaspec.errors import OptionError
 from deltaspec.training.adapted import Update
@@ -138,7 +140,9 @@ class CompacterAttachment(Attachment):
         self, model: nn.Module, updates: Sequence[Update], *, name: str, options: Any, shared: Mapping[str, Tensor]
     ) -> None:
         super().__init__(model, updates, name=name, method="compacter", options=options, shared=shared)
-        self.norms = Trained(find_norms(model) if options.norms else {})
+        norms = find_norms(model) if options.norms else {}
+        self.norms = Trained(norms)
+        self.hooks = _widen(model, norms)
 
     def enable(self, weight: float) -> None:
         """Let updates and norms act with a weight."""
@@ -149,6 +153,8 @@ class CompacterAttachment(Attachment):
         """Take the updates off, and give the norms their original values back."""
         super().detach()
         self.norms.restore()
+        for hook in self.hooks:
+            hook.remove()
 
     def state(self) -> dict[str, Tensor]:
         """Return the updates, the shared factors and the norms."""
@@ -174,6 +180,31 @@ def find_norms(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in base_parameters(model).items()
         if "norm" in type(modules.get(name.rpartition(".")[0])).__name__.lower()
     }
+
+
+def _widen(model: nn.Module, norms: Mapping[str, nn.Parameter]) -> list[RemovableHandle]:
+    """Give narrow norms float32 values to train, and let them compute in float32 between narrow inputs and outputs."""
+    narrow: dict[str, torch.dtype] = {}
+    for name, parameter in norms.items():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize:
+            narrow[name.rpartition(".")[0]] = parameter.dtype
+            parameter.data = parameter.data.float()
+    hooks: list[RemovableHandle] = []
+    for path, dtype in narrow.items():
+        module = model.get_submodule(path)
+        hooks.append(module.register_forward_pre_hook(_widen_inputs))
+        hooks.append(module.register_forward_hook(partial(_narrow_outputs, dtype=dtype)))
+    return hooks
+
+
+def _widen_inputs(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    del module
+    return tuple(value.float() if isinstance(value, Tensor) else value for value in given)
+
+
+def _narrow_outputs(module: nn.Module, given: tuple[Any, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
+    del module, given
+    return found.to(dtype)
 
 
 def attach(

@@ -11,11 +11,10 @@ from torch import nn
 from deltaspec.errors import OptionError
 from deltaspec.training.attachment import Method
 from deltaspec.training.methods.own import BaseAttachment
-from deltaspec.training.sites import Site, identify_parameters
+from deltaspec.training.sites import HEADS, Site, identify_parameters
 from deltaspec.types import MatrixKey
 
 POOLER = re.compile(r"(?:^|\.)pooler\.")
-HEADS = ("classifier", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)

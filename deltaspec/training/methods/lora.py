@@ -14,11 +14,10 @@ from deltaspec.training.adapted import Update
 from deltaspec.training.attachment import PREFIX, Attachment, Group, Method, check_ranks, fill
 from deltaspec.training.methods.lora_peft import from_peft, to_peft
 from deltaspec.training.methods.lora_update import BiasUpdate, LoraUpdate
-from deltaspec.training.sites import Site, kind_of, list_modules, list_sites, module_at
+from deltaspec.training.sites import HEADS, Site, kind_of, list_modules, list_sites, module_at
 from deltaspec.types import MatrixKey, View
 
 START = (".pissa_A", ".pissa_B")
-HEADS = ("classifier", "lm_head")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ class Trained:
     Parameters
     ----------
     parameters : dict of str to nn.Parameter
-        By their names in the running model, without adapters.
+        By their names in the running model, without adapters. They are trained in the dtype that they have.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -62,13 +62,19 @@ class Trained:
     def restore(self) -> None:
         """Give every parameter its original value, bit for bit, and stop its gradient."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(self.original(name))
+            original = self.original(name)
+            if parameter.dtype == original.dtype:
+                parameter.copy_(original)
+            else:
+                parameter.data = original.clone()
             parameter.requires_grad_(False).grad = None  # noqa: FBT003
         self.set_aside = {}
 
 
 class BaseAttachment(Attachment):
     """Parameters of the base in training, under their own names: what it stores is part of a whole checkpoint.
+
+    They are trained in the dtype that they have: load the model in float32, in bfloat16 small steps are lost.
 
     Parameters
     ----------
