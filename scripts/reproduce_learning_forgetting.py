@@ -115,7 +115,7 @@ def train(label: str, *, options: argparse.Namespace, seed: int) -> Path:
         report = json.loads((place / f"seed-{SEARCH}" / "train.json").read_text(encoding="utf-8"))
         rate = next(row["lr"] for row in report["runs"] if row["folder"] == report["best"])
     apart(
-        max(1, len(os.sched_getaffinity(0)) // options.jobs),
+        max(1, (os.cpu_count() or 1) // options.jobs),
         *(options.model, options.data / "vader_movie_snippets.tsv", place / f"seed-{seed}"),
         method=method,
         method_options=fields,
@@ -142,8 +142,7 @@ def apart(threads: int, *args: object, **given: object) -> None:
     child.start()
     child.join()
     if child.exitcode:
-        message = "A training failed; give the same command again when its cause is gone, and it goes on from here."
-        raise RuntimeError(message)
+        sys.exit("A training failed; give the same command again when its cause is gone, and it goes on from here.")
 
 
 def train_with(threads: int, *args: Any, **given: Any) -> None:
@@ -151,7 +150,10 @@ def train_with(threads: int, *args: Any, **given: Any) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    deltaspec.train(*args, **given)
+    try:
+        deltaspec.train(*args, **given)
+    except deltaspec.DeltaspecError as error:
+        sys.exit(f"Error: {error}")
 
 
 def follow(options: argparse.Namespace) -> None:
