@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltaspec.engine.local import resolve_devices
 from deltaspec.options.compare import CompareOptions
-from deltaspec.spectra.subspaces import amplify, compare_subspaces, find_intruders, null_projection, random_change
+from deltaspec.spectra.subspaces import amplify, compare_subspaces, find_intruders, random_change
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.run import Run
 from deltaspec.types import MatrixRecord
@@ -142,8 +142,7 @@ def _measure(run: Run, change: Change, base: _Base) -> Row:
     norm = float(spectrum.singular_values[:rank].norm())  # of those directions alone, or more of them would weigh less
     device = base.weight.device
     found = amplify(base.weight, spectrum.left.to(device), spectrum.right.to(device), norm=norm)
-    response = null_projection(float(base.weight.norm()), rank, change.shape)
-    row: Row = {"amplification": found.factor, "amplification_null": norm / response if response else math.inf}
+    row: Row = {"amplification": found.factor, "amplification_null": norm / found.null if found.null else math.inf}
     if base.left is None:
         return row
     random = random_change(spectrum.singular_values, change.shape, seed=0)
@@ -176,7 +175,7 @@ def _summarise(run: Run, rows: list[Row], overlaps: list[tuple[float, float]], o
     ranks = ("relative_norm", "effective_rank", "rank_90")
 
     def middle(values: list[Any], summarise: Callable[[list[float]], float] = median) -> float | None:
-        known = [float(value) for value in values if value is not None]
+        known = [float(value) for value in values if value is not None and math.isfinite(value)]
         return summarise(known) if known else None
 
     return {

@@ -88,7 +88,7 @@ def test_a_row_for_each_method(first):
         assert any(line.startswith(f"{row['label']} ") for line in said.splitlines())
     plain = {row["label"] for row in rows if not row["effective_rank"]}
     assert plain == {"last layers", "BitFit", "series", "parallel"}  # --quick looks at the first block alone
-    assert {row["overlap_with"] for row in rows if row["overlap"]} == {"full"}
+    assert {row["overlap_with"] for row in rows if row["overlap"]} == {"full, seed 0"}
 
 
 def test_ranks_are_those_of_the_factors(first):
