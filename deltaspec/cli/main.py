@@ -81,3 +81,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.stderr.write(f"Error: cannot write the output ({error.strerror}): free space, or send it elsewhere.\n")
         sys.exit(2)
+
+
+if __name__ == "__main__":  # accelerate launch -m deltaspec.cli.main
+    main()

@@ -101,3 +101,9 @@ def test_options_that_cannot_mean_anything_are_refused(flags, tmp_path):
     assert result.exit_code == 2
     assert flags[0].removesuffix("-label") in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_command_runs_as_a_module():
+    """As accelerate launch -m starts it."""
+    done = subprocess.run([sys.executable, "-m", "deltaspec.cli.main", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "version" in done.stdout
