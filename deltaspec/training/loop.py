@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from deltaspec.errors import NumericalError
 from deltaspec.options.training import LoopOptions
 from deltaspec.training.attachment import Group
+from deltaspec.training.data import IGNORED
 from deltaspec.training.schedule import rate_at
 from deltaspec.training.sharded import gather
-
-IGNORED = -100
 
 
 class Source(Protocol):

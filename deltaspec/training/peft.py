@@ -162,17 +162,21 @@ def _named_alike(paths: Sequence[str], modules: Iterable[str]) -> list[str]:
     return [m for m in modules if m not in chosen and any(m.endswith(f".{path}") for path in paths)]
 
 
+def name_method(config: Mapping[str, Any]) -> str | None:
+    """Name the method of a stored adapter by its config; None where none of ours reads it."""
+    kind, own = config.get("peft_type"), config.get("method")
+    if isinstance(kind, str) and kind.startswith(OWN) and isinstance(own, str) and own in METHODS:
+        return own
+    return next((name for name, method in METHODS.items() if method.peft and method.peft == kind), None)
+
+
 def _find_method(config: Mapping[str, Any]) -> tuple[str, Method]:
-    kind = config.get("peft_type")
-    named = config.get("method") if isinstance(kind, str) and kind.startswith(OWN) else None
-    if isinstance(named, str) and named in METHODS:
-        return str(kind), METHODS[named]
-    found = [method for method in METHODS.values() if method.peft and method.peft == kind]
-    if not found:
+    kind, name = config.get("peft_type"), name_method(config)
+    if name is None:
         known = ", ".join(sorted({method.peft for method in METHODS.values() if method.peft}))
         message = f"The adapter's peft_type is {kind!r}, which cannot be attached: expected {known} or one of our own."
         raise CheckpointError(message)
-    return str(kind), found[0]
+    return str(kind), METHODS[name]
 
 
 def _read_options(method: Method, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:

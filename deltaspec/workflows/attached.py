@@ -20,8 +20,7 @@ from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import HEAD, Plan, chosen, is_head
 from deltaspec.store.run import Run
 from deltaspec.training.attachment import PREFIX, Attachment
-from deltaspec.training.methods import METHODS
-from deltaspec.training.peft import attach_stored
+from deltaspec.training.peft import attach_stored, name_method
 from deltaspec.training.sites import identify_parameters, list_modules
 from deltaspec.types import AdapterIndex, Checkpoint
 from deltaspec.workflows.base import Base
@@ -130,7 +129,7 @@ def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str, we
     """
     folder = refused.folder
     config = shards.read_json(folder / CONFIG)
-    method = _method_of(config)
+    method = name_method(config)
     if method is None:
         raise refused
     refuse_activations(method)
@@ -155,15 +154,6 @@ def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str, we
         [*notes, f"the adapter is one of {method}: attached to the running base"],
         whole,
     )
-
-
-def _method_of(config: Mapping[str, Any]) -> str | None:
-    """Name the method of a stored adapter by its config; None where none of ours reads it."""
-    own = config.get("method")
-    if isinstance(own, str) and own in METHODS:
-        return own
-    kind = config.get("peft_type")
-    return next((name for name, method in METHODS.items() if method.peft and method.peft == kind), None)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

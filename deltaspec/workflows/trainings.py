@@ -14,7 +14,7 @@ from deltaspec.io.open import identify_source
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.methods import METHODS
 from deltaspec.workflows.base import Base
-from deltaspec.workflows.train_folder import FINAL, REPORT, read_report
+from deltaspec.workflows.train_folder import FINAL, read_report
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,6 @@ def open_base(trainings: Sequence[Trained]) -> Base:
 
 
 def _open(folder: Path) -> tuple[Path, dict[str, Any]]:
-    if not (folder / REPORT).is_file():
-        message = f"'{folder}' is no training folder: it has no {REPORT}; pass one that deltaspec train wrote."
-        raise RunError(message)
     report = read_report(folder)
     if "runs" in report and report.get("best"):
         folder = folder / str(report["best"])
