@@ -60,17 +60,17 @@ def analyze(
     Exit code 1 if a matrix or checkpoint failed, 2 if nothing could be compared.
     """
     options = AnalyzeOptions(spectra=tuple(spectra.split(",")), **given)  # type: ignore[arg-type]
-    from deltaspec.workflows.checkpoints import is_training
+    from deltaspec.workflows.analysis.training_steps import is_training
 
     if len(tuned) > 1 or is_training(tuned[0]):
         from deltaspec.cli.steps import analyze_steps
 
         analyze_steps(base, tuned, out, options=options, dry_run=dry_run, as_json=as_json, quiet=quiet)
         return
-    from deltaspec.workflows.analyze import analyze as run_analysis
-    from deltaspec.workflows.analyze import plan_analysis
-    from deltaspec.workflows.base import Base
-    from deltaspec.workflows.report import plan_to_json, run_to_json
+    from deltaspec.workflows.analysis.analyze import analyze as run_analysis
+    from deltaspec.workflows.analysis.analyze import plan_analysis
+    from deltaspec.workflows.analysis.as_json import plan_to_json, run_to_json
+    from deltaspec.workflows.shared.opened_base import Base
 
     if dry_run:
         plan = plan_analysis(Base(base), tuned[0], options)

@@ -64,7 +64,7 @@ def calibrate(model: str, text: Path, out: Path, overwrite: bool, as_json: bool,
     """
     settings = TextOptions(**{name: given.pop(name) for name in TEXT})  # type: ignore[arg-type]
     options = CalibrateOptions(settings, **given)  # type: ignore[arg-type]
-    from deltaspec.workflows.calibrate import calibrate as run_calibration
+    from deltaspec.workflows.extraction.calibrate import calibrate as run_calibration
 
     with stoppable(), Passes(quiet=quiet) as progress:
         moments = run_calibration(model, text, out, options=options, overwrite=overwrite, progress=progress)

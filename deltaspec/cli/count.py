@@ -10,7 +10,7 @@ import click
 from deltaspec.cli.methods import method_options, parse_method, parse_targets
 
 if TYPE_CHECKING:
-    from deltaspec.workflows.count import Counts
+    from deltaspec.workflows.training.count import Counts
 
 
 @click.command()
@@ -27,8 +27,8 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
     """
     method, options = parse_method(given)
     targets = parse_targets(given)
-    from deltaspec.workflows.count import count as run_count
-    from deltaspec.workflows.count import counts_to_json
+    from deltaspec.workflows.training.count import count as run_count
+    from deltaspec.workflows.training.count import counts_to_json
 
     counts = run_count(model, method, options, targets=targets, task=task, labels=labels)
     click.echo(json.dumps(counts_to_json(counts)) if as_json else render_counts(counts))
@@ -36,7 +36,7 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
 
 def render_counts(counts: Counts) -> str:
     """Render roles, then totals with their share and bytes, then what is left out."""
-    from deltaspec.workflows.count import describe_left_out
+    from deltaspec.workflows.training.count import describe_left_out
 
     size = counts.bytes
     rows = [["role", "matrices", "shape", "trainable"]]

@@ -43,8 +43,8 @@ def extract(base: str, tuned: str, out: str | None, as_json: bool, quiet: bool, 
     calibration, run = given.pop("calibration"), given.pop("run")
     options = ExtractOptions(ranks, form, AnalyzeOptions(**given), calibration, run)
     from deltaspec.cli.certificate import render_reports
-    from deltaspec.workflows.extract import default_folder
-    from deltaspec.workflows.extract import extract as run_extraction
+    from deltaspec.workflows.extraction.extract import default_folder
+    from deltaspec.workflows.extraction.extract import extract as run_extraction
 
     place = Path(out) if out else default_folder(tuned, options)
     with stoppable(), Progress(quiet=quiet) as progress:

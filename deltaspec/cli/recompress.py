@@ -44,8 +44,8 @@ def recompress(
     """Run the workflow and print its report."""
     options = replace(options, analysis=AnalyzeOptions(device=device))
     from deltaspec.cli.certificate import render_reports
-    from deltaspec.workflows.combine import combine
-    from deltaspec.workflows.merge import parse_adapter
+    from deltaspec.workflows.extraction.combine import combine
+    from deltaspec.workflows.merging.merge import parse_adapter
 
     adapters = [parse_adapter(text) for text in given]
     with stoppable(), Progress(quiet=quiet) as progress:

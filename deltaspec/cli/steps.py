@@ -24,8 +24,8 @@ def analyze_steps(
     quiet: bool,
 ) -> None:
     """Analyse every checkpoint and print rank against training step; exit code 1 if some of it failed."""
-    from deltaspec.workflows.report import trajectory_to_json
-    from deltaspec.workflows.trajectory import plan_steps, trajectory
+    from deltaspec.workflows.analysis.as_json import trajectory_to_json
+    from deltaspec.workflows.analysis.trajectory import plan_steps, trajectory
 
     if dry_run:
         rows = plan_steps(base, checkpoints, options)

@@ -38,7 +38,7 @@ def train(model: str, data: str, out: Path, as_json: bool, quiet: bool, **given:
     … . Needs the extra ``train``.
     """
     chosen = parse_training(given)
-    from deltaspec.workflows.train import train as run_training
+    from deltaspec.workflows.training.train import train as run_training
 
     first = os.environ.get("RANK", "0") == "0"
     progress = Ticks(quiet=quiet or not first)

@@ -46,7 +46,7 @@ def verify(
     Exit code 1 if it is worse than its deltaspec.json claims, or than none; 2 if it cannot be checked.
     """
     options = AnalyzeOptions(**given)
-    from deltaspec.workflows.verify import verify as run_verification
+    from deltaspec.workflows.verification.verify import verify as run_verification
 
     with stoppable():
         with Progress(quiet=quiet) as progress:
@@ -64,7 +64,7 @@ def _divergence(
     """Run the three models, and say on stderr which one."""
     if text is None:
         return None
-    from deltaspec.workflows.divergence import divergence
+    from deltaspec.workflows.verification.divergence import divergence
 
     tell = None if quiet else partial(click.echo, err=True)
     return asdict(divergence(base, tuned, adapter, text, options=options, progress=tell))

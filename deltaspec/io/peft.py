@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import AdapterError, CheckpointError
+from deltaspec.files import json_file
 from deltaspec.io import pickled, shards
 from deltaspec.types import AdapterIndex, LowRankTerm, TensorSpec
 
@@ -53,7 +54,7 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
         If it is no LoRA adapter, its numbers make no sense, or factors are missing or do not fit each other.
     """
     path = folder / CONFIG
-    config = shards.read_json(path)
+    config = json_file.read_json(path)
     _check_config(config, path=path)
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
