@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
-from deltaspec.files.atomic import unwritten, whole_file
+from deltaspec.files.atomic import unwritten, write_whole
 from deltaspec.io import hub
 from deltaspec.io.shards import PICKLED
 from deltaspec.types import Checkpoint
@@ -65,8 +65,7 @@ def copy_companions(files: list[Path], folder: Path, *, config: dict[str, Any] |
     """
     for path in files:
         if config is not None and path.name == CONFIG:
-            with whole_file(folder / CONFIG) as stream:
-                stream.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
             continue
         try:
             shutil.copyfile(path, folder / path.name)

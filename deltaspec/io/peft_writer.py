@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaspec.files.atomic import whole_file
+from deltaspec.files.atomic import write_whole
 from deltaspec.files.dtypes import STORED
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
@@ -52,8 +52,7 @@ def write_adapter(
     """
     plan = plan_adapter(modules, full, base=base, dtype=dtype, rslora=rslora, untied=untied, loader=loader)
     write_safetensors(folder / WEIGHTS[0], plan.entries, metadata=SAVED)
-    with whole_file(folder / CONFIG) as stream:
-        stream.write(json.dumps(plan.config, indent=2).encode())
+    write_whole(folder / CONFIG, json.dumps(plan.config, indent=2).encode())
     return plan.refused
 
 

@@ -142,6 +142,26 @@ class AdapterIndex:
 
 
 @dataclass(frozen=True, slots=True)
+class ForeignAdapter:
+    """An opened adapter folder that is not plain LoRA: its change is not read off its files, nothing is read yet.
+
+    ``files`` is its weight file, empty where that is missing; ``config`` the content of adapter_config.json.
+    ``refusal`` is the sentence with which whatever needs factors refuses it.
+    """
+
+    ref: str
+    root: Path
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    refusal: str
+    revision: str | None = None
+
+
+Opened = Checkpoint | AdapterIndex
+"""What has weights, or factors, that can be read off its files."""
+
+
+@dataclass(frozen=True, slots=True)
 class WeightPair:
     """One matrix of the base and the same matrix of the tuned model; cheap, printable, without tensors.
 

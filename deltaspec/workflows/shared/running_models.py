@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaspec.errors import CheckpointError, NumericalError, require
 from deltaspec.extraction.factors import DTYPES
 from deltaspec.io.matrix import open_matrix, read_tensor
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
 from deltaspec.workflows.shared.text_batches import Batch
 
@@ -73,7 +73,7 @@ def open_model(ref: str) -> Checkpoint:
     CheckpointError
         If it cannot be opened, is an adapter, or has no config.json.
     """
-    checkpoint = open_source(ref)
+    checkpoint = open_plain(ref)
     if not isinstance(checkpoint, Checkpoint):
         message = f"Cannot run '{ref}': it is an adapter; merge it into its base first."
         raise CheckpointError(message)
