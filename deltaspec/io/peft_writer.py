@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.files.atomic import write_whole
-from deltaspec.files.dtypes import STORED
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
 from deltaspec.io.peft_targets import Layout, Target, make_targets
@@ -96,7 +96,9 @@ def plan_adapter(
     bias = _settle_biases(targets, refused)
     saved, whole = plan_whole(full, layout, targets, refused)
     config = _config(targets, layout, saved=saved, rslora=rslora, bias=bias)
-    return AdapterPlan({**config, **(loader or {})}, list_factors(targets, STORED[dtype], bias=bias) + whole, refused)
+    return AdapterPlan(
+        {**config, **(loader or {})}, list_factors(targets, OPTIONS[dtype].name, bias=bias) + whole, refused
+    )
 
 
 def _config(targets: Sequence[Target], layout: Layout, *, saved: list[str], rslora: bool, bias: bool) -> dict[str, Any]:

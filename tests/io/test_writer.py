@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from deltaspec.errors import CheckpointError, RunError
 from deltaspec.files import atomic
-from deltaspec.files.dtypes import TORCH
-from deltaspec.files.tensor_writer import write_safetensors
+from deltaspec.files.dtypes import DTYPES
+from deltaspec.files.tensor_writer import STORABLE, write_safetensors
 from deltaspec.io.staging import Staging
 from deltaspec.types import Entry
 
+TORCH = {name: DTYPES[name].torch for name in STORABLE}
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 

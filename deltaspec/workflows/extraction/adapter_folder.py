@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaspec.extraction.factors import DTYPES, block_diagonal, pad
+from deltaspec.extraction.factors import block_diagonal, pad
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_writer import write_adapter
 from deltaspec.pairing.modules import row_ids
@@ -115,7 +116,7 @@ def _constant(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, Tensor]:
     """Read a module's factors from its pieces, joined where it is fused or a stack."""
-    dtype = DTYPES[assembly.sources.dtype]
+    dtype = OPTIONS[assembly.sources.dtype].torch
     pairs = []
     for pair in module.pairs:
         tensors = assembly.pieces.tensors(str(pair.key))
