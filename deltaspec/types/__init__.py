@@ -20,9 +20,9 @@ from deltaspec.types.stored import (
     Opened,
     Shape,
     TensorSpec,
-    View,
     WeightPair,
 )
+from deltaspec.types.view import View
 
 __all__ = [
     "AdapterIndex",
