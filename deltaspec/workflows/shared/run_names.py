@@ -11,8 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deltaspec.errors import RunError
-from deltaspec.store.run import Run
+from deltaspec.store.run import Run, unwritable
 
 
 def describe_environment() -> dict[str, Any]:
@@ -36,10 +35,7 @@ def writing(run: Run) -> Iterator[None]:
     try:
         yield
     except OSError as cause:
-        message = (
-            f"The run directory {run.path} cannot be written ({cause.strerror}): free space or rights, then run again."
-        )
-        raise RunError(message) from cause
+        raise unwritable(run.path, cause) from cause
 
 
 def default_path(manifest: dict[str, Any]) -> Path:
