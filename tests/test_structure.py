@@ -15,7 +15,7 @@ from deltaspec import options
 from deltaspec.architecture.roles import ROLES
 from deltaspec.cli.main import COMMANDS
 from deltaspec.extraction.ranks import POLICIES
-from deltaspec.linalg.svd import ROUTES
+from deltaspec.linalg.routes import ROUTES
 from deltaspec.plots.figures import FIGURES
 from deltaspec.plots.style import ROLE_STYLE
 from deltaspec.spectra.metrics import METRICS
