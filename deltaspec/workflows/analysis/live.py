@@ -34,8 +34,8 @@ from deltaspec.workflows.shared.vector_changes import describe_change
 class Sides:
     """What a manifest says of a live analysis; ``names`` maps a running model's tensors to the base's own names."""
 
-    base: dict[str, Any]
-    tuned: dict[str, Any]
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)

@@ -84,10 +84,11 @@ def _spectrum(job: Job, device: torch.device) -> tuple[dict[str, Any], dict[str,
 def _from_run(sources: Sources, path: str) -> dict[str, Known]:
     """Take what a run knows, after checking that it compares the same files."""
     run = Run.load(path)
-    for side, source in (("base", sources.base), ("tuned", sources.tuned)):
-        if run.manifest[side]["files"] != fingerprint(source):
+    known = (("base", run.manifest["base"], sources.base), ("tuned", run.manifest["tuned"], sources.tuned))
+    for side, analysed, source in known:
+        if analysed["files"] != fingerprint(source):
             message = (
-                f"{run.path} analysed another {side} ({run.manifest[side]['ref']}, not {source.ref}): analyse these "
+                f"{run.path} analysed another {side} ({analysed['ref']}, not {source.ref}): analyse these "
                 "two, or leave --run out."
             )
             raise RunError(message)
