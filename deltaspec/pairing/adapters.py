@@ -19,7 +19,7 @@ from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import (
     AdapterIndex,
     Checkpoint,
-    Identified,
+    KnownMatrix,
     LowRankSource,
     LowRankTerm,
     MatrixKey,
@@ -231,7 +231,7 @@ def _pair_terms(work: Pairing, name: str, pair: Terms, shape: tuple[int, int]) -
         work.plan.pairs.append(WeightPair(own, view.shape, *sources))
 
 
-def _role(found: tuple[Identified, ...]) -> str:
+def _role(found: tuple[KnownMatrix, ...]) -> str:
     """Name a fused matrix's role as a whole: without the base's config its parts cannot be told apart."""
     if len(found) == 1:
         return found[0].key.role

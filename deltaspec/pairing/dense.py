@@ -11,7 +11,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import HEAD, VOCABULARY_ROLES, Pairing, Plan, VectorPair, is_head, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
-from deltaspec.types import Checkpoint, Identified, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
+from deltaspec.types import Checkpoint, KnownMatrix, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
 
 
 def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOptions) -> Plan:
@@ -143,7 +143,7 @@ def _pair_untied_head(work: Pairing, head: str, embedding: str, specs: tuple[Ten
     work.plan.note(f"'{head}' is stored in the tuned model alone: compared with the base's tied '{embedding}'")
 
 
-def _place(identified: Identified) -> tuple[object, ...]:
+def _place(identified: KnownMatrix) -> tuple[object, ...]:
     key = identified.key
     return (key.stack, key.role, key.depth, key.expert, identified.view.shape)
 
@@ -186,9 +186,9 @@ def _skip_rest(
 
 def _unique_places(
     known: Identification, names: dict[str, TensorSpec]
-) -> dict[tuple[object, ...], tuple[str, Identified]]:
+) -> dict[tuple[object, ...], tuple[str, KnownMatrix]]:
     """Map each place that exactly one matrix among ``names`` holds, and that says something, to that matrix."""
-    found: dict[tuple[object, ...], list[tuple[str, Identified]]] = {}
+    found: dict[tuple[object, ...], list[tuple[str, KnownMatrix]]] = {}
     for name in names:
         for identified in known.matrices.get(name, ()):
             if identified.key.depth is not None and identified.key.role not in ("other", "conv"):
