@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification
-from deltaspec.io.running import Place, is_told, place_tensors
+from deltaspec.architecture.running_names import Place, is_told, place_tensors
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import Checkpoint, LowRankSource, LowRankTerm, MatrixSource, View, WeightPair
@@ -49,7 +49,11 @@ def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
 
 
 def weight_of(path: str) -> str:
-    """Name the tensor that a module path adapts: its weight."""
+    """Name the tensor that a module path adapts: its weight.
+
+    >>> weight_of("model.layers.0.mlp.up_proj"), weight_of("mlp.router.weight")
+    ('model.layers.0.mlp.up_proj.weight', 'mlp.router.weight')
+    """
     return path if path.endswith((".weight", ".bias")) else f"{path}.weight"
 
 

@@ -18,7 +18,7 @@ from deltaspec.extraction.budget import Unit, allocate_ranks, uniform_rank
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import BUDGETS, ExtractOptions
@@ -84,10 +84,11 @@ def _spectrum(job: Job, device: torch.device) -> tuple[dict[str, Any], dict[str,
 def _from_run(sources: Sources, path: str) -> dict[str, Known]:
     """Take what a run knows, after checking that it compares the same files."""
     run = Run.load(path)
-    for side, source in (("base", sources.base), ("tuned", sources.tuned)):
-        if run.manifest[side]["files"] != fingerprint(source):
+    known = (("base", run.manifest["base"], sources.base), ("tuned", run.manifest["tuned"], sources.tuned))
+    for side, analysed, source in known:
+        if analysed["files"] != fingerprint(source):
             message = (
-                f"{run.path} analysed another {side} ({run.manifest[side]['ref']}, not {source.ref}): analyse these "
+                f"{run.path} analysed another {side} ({analysed['ref']}, not {source.ref}): analyse these "
                 "two, or leave --run out."
             )
             raise RunError(message)
@@ -102,7 +103,7 @@ def _from_run(sources: Sources, path: str) -> dict[str, Known]:
 
 
 def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]) -> Spending:
-    groups = _groups(sources.modules, Layout(sources.base, sources.heads))
+    groups = _groups(sources.modules, lay_out(sources.base, sources.heads))
     units = [_unit(keys, cost, known, weighted=options.ranks.weighted) for keys, cost in groups]
     ranks: defaultdict[str, dict[str, float]] = defaultdict(dict)
     report: dict[str, dict[str, Any]] = {}

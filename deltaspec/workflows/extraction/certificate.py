@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.files.tensor_reader import list_tensors
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import lay_out
 from deltaspec.types import AdapterModule
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _provenance(assembly: Assembly) -> dict[str, Any]:
 
 def _tied(assembly: Assembly, modules: Sequence[AdapterModule]) -> list[str]:
     """Modules that share an embedding's weight, and so hold its factors too."""
-    layout = Layout(assembly.sources.base, assembly.sources.heads)
+    layout = lay_out(assembly.sources.base, assembly.sources.heads)
     paths = [layout.place(m.path)[0].name.removesuffix(".weight") for m in modules if m.kind == "embedding"]
     return [use for path in paths for use, _ in layout.uses(path)]
 

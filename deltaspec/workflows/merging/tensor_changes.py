@@ -6,12 +6,11 @@ import re
 from dataclasses import dataclass, field, replace
 
 from deltaspec.architecture.match import identify
+from deltaspec.architecture.running_names import SHARED
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import GRIDS
-from deltaspec.io.content import same_content
-from deltaspec.io.running import SHARED, list_tied
-from deltaspec.pairing.dense import VOCABULARY_ROLES
-from deltaspec.pairing.plan import unreadable
+from deltaspec.io.content import list_tied, same_content
+from deltaspec.pairing.plan import VOCABULARY_ROLES, unreadable
 from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import Checkpoint, LowRankSource, MatrixKey, Note, NoteKind, Shape, TensorSpec, View
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from deltaspec.architecture.running_names import SHARED
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
-from deltaspec.io.peft_targets import Layout
-from deltaspec.io.running import SHARED
+from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.pairing.homes import factor_shape
 from deltaspec.pairing.modules import group_modules
@@ -187,7 +187,7 @@ def check_twins(plan: Plan, adapter: AdapterIndex, base: Checkpoint, *, claims: 
 
 def make_layout(plan: Plan, base: Checkpoint) -> Layout:
     """Lay the base out as the running model has it, without ties to heads that the fine-tune holds apart."""
-    return Layout(base, sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"}))
+    return lay_out(base, sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"}))
 
 
 def _tied_paths(plan: Plan, base: Checkpoint, claims: Claims) -> list[list[str]]:

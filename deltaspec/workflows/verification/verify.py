@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.delta import DenseDelta
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import NumericalError, PairingError
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import open_plain
-from deltaspec.io.peft_names import left_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
@@ -103,7 +103,7 @@ def verify(
         known = {row["tensor"] for row in rest}
         rest += [row for row in more if row["tensor"] not in known]
         found.worse += worse + [row["tensor"] for row in rest if not row["right"]]
-        found.missing += missing + absent + left_out(index)
+        found.missing += missing + absent + list_unloaded(index)
     return Verification(
         tuple(rows), tuple(rest), _totals(rows), tuple(found.worse), tuple(found.missing), claims is not None
     )
