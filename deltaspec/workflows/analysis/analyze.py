@@ -21,6 +21,7 @@ from deltaspec.workflows.shared.fill_run import fill_run
 from deltaspec.workflows.shared.opened_base import Base, Source
 from deltaspec.workflows.shared.run_names import default_path, describe_environment, unwritable
 from deltaspec.workflows.shared.vector_changes import compare_vectors
+from deltaspec.workflows.shared.workers import Workers
 
 
 def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> tuple[Plan, Source, Source]:
@@ -166,9 +167,7 @@ def analyze_against(
             tasks,
             lambda task, device: analyze_matrix(task, options, device, norms=base.norms),
             cost=partial(memory_of, options=options),
-            options=options,
-            devices=devices,
-            progress=progress,
+            workers=Workers(devices, options.memory, progress),
         )
     except OSError as cause:
         raise unwritable(run.path, cause) from cause

@@ -28,6 +28,7 @@ from deltaspec.workflows.analysis.attached_matrix import LiveTask, analyze_site,
 from deltaspec.workflows.shared.fill_run import Norms, fill_run
 from deltaspec.workflows.shared.run_names import describe_environment, unwritable
 from deltaspec.workflows.shared.vector_changes import describe_change
+from deltaspec.workflows.shared.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +140,7 @@ def run_live(
             tasks,
             lambda task, device: analyze_site(attachment, task, options, device=device, norms=norms),
             cost=lambda task: 32 * task.shape[0] * task.shape[1],  # ΔW, and what a method forms it from, in float64
-            options=options,
-            devices=devices,
-            progress=progress,
+            workers=Workers(devices, options.memory, progress),
         )
     except OSError as cause:
         raise unwritable(run.path, cause) from cause

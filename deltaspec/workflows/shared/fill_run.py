@@ -9,9 +9,9 @@ import torch
 
 from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import DeltaspecError
-from deltaspec.options import AnalyzeOptions
 from deltaspec.store.run import Run
-from deltaspec.types import MatrixKey, MatrixRecord, Spectrum, Step
+from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
+from deltaspec.workflows.shared.workers import Tally, Workers
 
 Norms = dict[str, float]  # of the base's matrices, by key: the same for every model that is compared with it
 
@@ -50,9 +50,7 @@ def fill_run(
     compute: Callable[[T, torch.device], tuple[MatrixRecord, Spectrum]],
     *,
     cost: Callable[[T], int],
-    options: AnalyzeOptions,
-    devices: Sequence[torch.device],
-    progress: Callable[[Step], None] | None,
+    workers: Workers,
 ) -> None:
     """Run what is missing, largest first, and store each result as it comes; failures are stored as their sentence.
 
@@ -64,33 +62,21 @@ def fill_run(
         From a task and a device to its record and spectrum.
     cost : callable
         Bytes that a task needs while in flight.
-    options : AnalyzeOptions
-        Of which ``memory`` is the budget.
-    devices : sequence of torch.device
-        One for each worker.
-    progress : callable, optional
-        Called with a Step before the first matrix and after each.
+    workers : Workers
+        Its ``progress`` is called before the first matrix too.
     """
     todo = sorted((t for t in tasks if not run.has(t.key, t.store_key)), key=lambda t: -t.work)
     largest = max((8 * t.shape[0] * t.shape[1] for t in tasks), default=0)
-    budget = options.memory or 4 * largest + (48 << 20)
-    done = failed = work = weights = 0
-    total = sum(task.work for task in todo)
-
-    def report() -> None:
-        if progress:
-            progress(Step(done, len(todo), failed, work, total, weights))
-
-    report()
-    for outcome in run_engine(todo, compute, devices=devices, cost=cost, budget=budget):
+    budget = workers.memory or 4 * largest + (48 << 20)
+    tally = Tally(len(todo), sum(task.work for task in todo), workers.progress)
+    tally.tell()
+    for outcome in run_engine(todo, compute, devices=workers.devices, cost=cost, budget=budget):
         task = outcome.item
         if outcome.value is None:
             run.put_failure(task.key, task.store_key, _sentence(task, outcome.failure))
-            failed += 1
         else:
             run.put(*outcome.value)
-        done, work, weights = done + 1, work + task.work, weights + task.shape[0] * task.shape[1]
-        report()
+        tally.add(work=task.work, weights=task.shape[0] * task.shape[1], failed=outcome.value is None)
 
 
 def _sentence(task: Item, failure: Exception | None) -> str:
