@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -68,10 +69,11 @@ def _divergence(
     """Run the three models, and say on stderr which one."""
     if text is None:
         return None
+    from deltaspec.workflows.shared.text_batches import Text
     from deltaspec.workflows.verification.divergence import divergence
 
     tell = None if quiet else partial(click.echo, err=True)
-    return asdict(divergence(base, tuned, adapter, text, options=options, progress=tell))
+    return asdict(divergence(base, tuned, adapter, Text(Path(text), options), progress=tell))
 
 
 def _render(found: Verification, said: dict[str, Any] | None) -> str:

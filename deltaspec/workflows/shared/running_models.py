@@ -168,14 +168,27 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return state | {alias: state[name] for alias, name in checkpoint.aliases.items() if name in state}
 
 
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a model is loaded with, where that is not just what its checkpoint stores.
+
+    Attributes
+    ----------
+    tensors : dict of Tensor, optional
+        The weights, under the names of the checkpoint's files; None reads them from there.
+    fresh : collection of str
+        Parameters of the model that may be missing: they are drawn, by torch's generator.
+    """
+
+    tensors: dict[str, Tensor] | None = None
+    fresh: Collection[str] = ()
+
+
+STORED = Weights()
+
+
 def load_model(
-    checkpoint: Checkpoint,
-    kind: ModelKind,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    state: dict[str, Tensor] | None = None,
-    fresh: Collection[str] = (),
+    checkpoint: Checkpoint, kind: ModelKind, weights: Weights = STORED, *, device: torch.device, dtype: torch.dtype
 ) -> Any:
     """Load a model in eval mode and without gradients; on the CPU it shares the mapped files' memory.
 
@@ -183,11 +196,9 @@ def load_model(
     ----------
     checkpoint : Checkpoint
     kind : ModelKind
+    weights : Weights
+        By default those of the checkpoint, all of them.
     device, dtype : where and in what it computes
-    state : dict of Tensor, optional
-        The weights, under the names of the checkpoint's files; read from them by default.
-    fresh : collection of str
-        Parameters of the model that may be missing: they are drawn, by torch's generator.
 
     Raises
     ------
@@ -202,27 +213,29 @@ def load_model(
             model, info = kind.cls.from_pretrained(
                 None,
                 config=kind.config,
-                state_dict=state if state is not None else read_state(checkpoint),
+                state_dict=weights.tensors if weights.tensors is not None else read_state(checkpoint),
                 output_loading_info=True,
                 **{name: dtype},
             )
         except Exception as cause:  # every model raises its own
             raise _refusal(checkpoint, "load the weights", cause) from cause
-    # A pooler that was never stored changes no hidden state.
-    missing = sorted(
-        key for key in set(info["missing_keys"]) - set(fresh) if not (kind.headless and key.startswith("pooler."))
-    )
+    _check_missing(set(info["missing_keys"]) - set(weights.fresh), checkpoint, kind)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.use_cache = False
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = -1  # nothing is padded, and classifiers look for the last token that is not this
+    return model.requires_grad_(False).eval().to(device)  # noqa: FBT003
+
+
+def _check_missing(names: Collection[str], checkpoint: Checkpoint, kind: ModelKind) -> None:
+    """Refuse a model that lacks weights; a pooler that was never stored changes no hidden state."""
+    missing = sorted(name for name in names if not (kind.headless and name.startswith("pooler.")))
     if missing:
         message = (
             f"Cannot run '{checkpoint.ref}': {kind.cls.__name__} needs '{missing[0]}' and it holds no such weight "
             f"({len(missing)} are missing); check that config.json belongs to these weights."
         )
         raise CheckpointError(message)
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.use_cache = False
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = -1  # nothing is padded, and classifiers look for the last token that is not this
-    return model.requires_grad_(False).eval().to(device)  # noqa: FBT003
 
 
 def run_model(model: Any, batch: Batch, *, device: torch.device) -> Any:

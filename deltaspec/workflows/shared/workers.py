@@ -51,6 +51,10 @@ class Tally:
     def __init__(self, items: int, work: int, progress: Progress | None) -> None:
         self._step, self._progress = Step(0, items, 0, 0, work, 0), progress
 
+    def skip(self, items: int) -> None:
+        """Count items as done without saying so: they were done before, or their work was counted already."""
+        self._step = replace(self._step, done=self._step.done + items)
+
     def tell(self) -> None:
         """Say how far it is."""
         if self._progress:
