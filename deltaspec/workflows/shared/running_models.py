@@ -13,9 +13,9 @@ from torch import Tensor
 
 from deltaspec.errors import CheckpointError, NumericalError, require
 from deltaspec.extraction.factors import DTYPES
-from deltaspec.io.matrix import open_matrix, read_tensor
 from deltaspec.io.open import open_source
-from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
+from deltaspec.types import Checkpoint
+from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.shared.text_batches import Batch
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -150,22 +150,6 @@ def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -
     stored = TORCH.get(sizes.most_common(1)[0][0], torch.bfloat16)
     slow = stored == torch.float16 and device.type == "cpu"  # thirty times slower there than fp32
     return torch.float32 if slow or stored == torch.float64 else stored
-
-
-def read_weight(spec: TensorSpec) -> Tensor:
-    """Read a whole tensor as stored, mapped from its file, or in float32 where a scale dequantises it."""
-    if spec.scale is None:
-        return read_tensor(spec)
-    experts = range(spec.shape[0]) if len(spec.shape) == 3 else (None,)
-    rows, columns = spec.shape[-2:]
-    stored = (open_matrix(MatrixSource(spec, View((rows, columns), expert=expert))) for expert in experts)
-    return torch.stack([matrix.rows(0, rows).to(torch.float32) for matrix in stored]).reshape(spec.shape)
-
-
-def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint under the names of its files; nearly all stay mapped."""
-    state = {name: read_weight(spec) for name, spec in checkpoint.tensors.items()}
-    return state | {alias: state[name] for alias, name in checkpoint.aliases.items() if name in state}
 
 
 @dataclass(frozen=True, slots=True)

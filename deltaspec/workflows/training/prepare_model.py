@@ -19,7 +19,8 @@ from deltaspec.training.sites.attachment import Attachment, Group, fill, freeze
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.types import Checkpoint
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
-from deltaspec.workflows.shared.running_models import ModelKind, Weights, choose_dtype, load_model, read_state
+from deltaspec.workflows.shared.running_models import ModelKind, Weights, choose_dtype, load_model
+from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.training.count import choose_method_sites
 from deltaspec.workflows.training.plan import Plan
 

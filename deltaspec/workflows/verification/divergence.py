@@ -27,9 +27,9 @@ from deltaspec.workflows.shared.running_models import (
     load_model,
     load_tokenizer,
     open_model,
-    read_state,
     run_model,
 )
+from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.shared.text_batches import Batch, Intake, Text, make_batches
 from deltaspec.workflows.verification.common_class import choose_kinds, name_measure
 from deltaspec.workflows.verification.output_distance import Reference, Score
