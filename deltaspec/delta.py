@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deltaspec.files.dtypes import GRIDS
 from deltaspec.io.matrix import StoredMatrix, open_matrix
-from deltaspec.linalg.numerics import GRIDS, UPCAST, binade, lies_on
+from deltaspec.linalg.numerics import binade, lies_on
 from deltaspec.types import MatrixSource, Rounding
 
 BLOCK = 1 << 19  # elements of a block: 4 MB in float64, so that passes over it stay in cache
@@ -148,7 +149,7 @@ class _Tally:
         self.shape, self.tuned = shape, tuned
         # A quantised base was rounded too; any other base is what training started from, so it is exact.
         self.base = base if base.dtype.startswith("F8") else None
-        self.grids = [grid for grid in UPCAST.get(tuned.dtype, ()) if not tuned.scaled]
+        self.grids = [grid for grid in GRIDS[tuned.dtype].coarser if not tuned.scaled]
         self.eps = GRIDS["F64" if "F64" in (base.dtype, tuned.dtype) else "F32"].mantissa
         self.base_energy = torch.zeros((), dtype=torch.float64, device=device)
         self.changed = torch.zeros_like(self.base_energy)

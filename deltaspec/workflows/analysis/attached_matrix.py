@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaspec.architecture.views import view_matrix
 from deltaspec.errors import NumericalError, PairingError
-from deltaspec.files.dtypes import DTYPES
+from deltaspec.files.dtypes import name_of
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence
@@ -90,7 +90,7 @@ def analyze_site(
         task.key,
         task.spectrum_of,
         (evidence, spectrum),
-        dtypes=(_dtype(base), _dtype(base) if own else _dtype(next(iter(attachment.state().values())))),
+        dtypes=(name_of(base.dtype), name_of(base.dtype if own else next(iter(attachment.state().values())).dtype)),
         start=start,
         device=device,
         notes=[note] if note else [],
@@ -141,10 +141,6 @@ def norm_of(weight: Tensor) -> float:
         message = "A weight of the base holds NaN or infinity: repair the base."
         raise NumericalError(message)
     return norm
-
-
-def _dtype(tensor: Tensor) -> str:
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def list_pieces(attachment: Attachment, names: Mapping[str, str]) -> Iterator[tuple[Site, Site, MatrixKey]]:

@@ -18,7 +18,7 @@ from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import PairingError
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.plan import Plan, chosen
-from deltaspec.store.run import Run
+from deltaspec.store.run import Run, unwritable
 from deltaspec.training.methods import METHODS
 from deltaspec.training.methods.base_weights.own import BaseAttachment
 from deltaspec.training.sites.attachment import Attachment
@@ -26,7 +26,7 @@ from deltaspec.training.sites.model_sites import base_bias, identify_parameters,
 from deltaspec.types import Note, Step
 from deltaspec.workflows.analysis.attached_matrix import LiveTask, analyze_site, base_weight, list_pieces, norm_of
 from deltaspec.workflows.shared.fill_run import Norms, fill_run
-from deltaspec.workflows.shared.run_names import describe_environment, unwritable
+from deltaspec.workflows.shared.run_names import describe_environment
 from deltaspec.workflows.shared.vector_changes import describe_change
 from deltaspec.workflows.shared.workers import Workers
 

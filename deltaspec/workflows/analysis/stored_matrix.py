@@ -12,6 +12,7 @@ import torch
 
 from deltaspec.delta import DenseDelta, energy_of, stream
 from deltaspec.errors import NumericalError
+from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
@@ -20,8 +21,6 @@ from deltaspec.spectra.metrics import Evidence, measure
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixRecord, MatrixSource, Spectrum, WeightPair
 from deltaspec.workflows.shared.fill_run import Norms, work_of
 from deltaspec.workflows.shared.non_finite import locate
-
-WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def memory_of(task: Task, options: AnalyzeOptions) -> int:
     side, long = min(task.pair.shape), max(task.pair.shape)
     square = 8 * side * side
     sources = [source for source in (task.pair.base, task.pair.tuned) if isinstance(source, MatrixSource)]
-    mapped = sum(WIDTH.get(source.spec.dtype, 1) * side * long for source in sources)
+    mapped = sum(DTYPES[source.spec.dtype].width * side * long for source in sources)
     if len(sources) < 2:
         return mapped + 24 * (side + long) * 1024
     gram = square + mapped + (16 << 20)

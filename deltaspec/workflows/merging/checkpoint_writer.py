@@ -12,12 +12,11 @@ from torch import Tensor
 
 from deltaspec.errors import OptionError
 from deltaspec.files.atomic import whole_file
-from deltaspec.files.dtypes import STORED, TORCH
+from deltaspec.files.dtypes import DTYPES, GRIDS, OPTIONS
 from deltaspec.files.tensor_reader import read_header
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.companions import adjust_config, copy_companions, find_companions, output_name
 from deltaspec.io.shards import INDEX, NUMBERED, write_index
-from deltaspec.linalg.numerics import GRIDS
 from deltaspec.merging.apply import Loss
 from deltaspec.types import Checkpoint, Entry, MatrixKey, Shape
 from deltaspec.workflows.merging.merge_tensor import copy_tensor, merge_tensor
@@ -42,15 +41,15 @@ class Rewrite:
         change = self.changes.tensors.get(name)
         spec = change.spec if change else self.base.tensors.get(name) or self.changes.added[name]
         cast = self.dtype != "auto" and spec.dtype in GRIDS
-        dtype = STORED[self.dtype] if cast else spec.dtype
+        dtype = OPTIONS[self.dtype].name if cast else spec.dtype
         if change is None:
-            return Entry(name, spec.shape, dtype, partial(copy_tensor, spec, TORCH[dtype] if cast else None))
+            return Entry(name, spec.shape, dtype, partial(copy_tensor, spec, DTYPES[dtype].torch if cast else None))
 
         def found(key: MatrixKey, shape: Shape, loss: Loss) -> None:
             if rows is not None:
                 rows.append(MergedMatrix(key, shape, dtype, loss))
 
-        return Entry(name, change.shape, dtype, partial(merge_tensor, change, dtype=TORCH[dtype], found=found))
+        return Entry(name, change.shape, dtype, partial(merge_tensor, change, dtype=DTYPES[dtype].torch, found=found))
 
 
 def lay_out(rewrite: Rewrite, out: Path) -> Files:

@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
-from deltaspec.io.open import open_source
-from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.io.open import open_plain
+from deltaspec.types import Opened
 from deltaspec.workflows.shared.fill_run import Norms
 from deltaspec.workflows.shared.running_models import choose_dtype, describe_model, load_model, open_model
-
-Source = Checkpoint | AdapterIndex
 
 
 class Base:
@@ -31,7 +29,7 @@ class Base:
 
     def __init__(self, ref: str | Path) -> None:
         self.ref = ref
-        self.source: Source = open_source(ref)
+        self.source: Opened = open_plain(ref)
         self.norms: Norms = {}
         self._model: Any = None
 

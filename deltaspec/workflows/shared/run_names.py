@@ -9,8 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deltaspec.errors import RunError
-
 
 def describe_environment() -> dict[str, Any]:
     """Say which versions and machine computed a run, as its manifest does."""
@@ -20,12 +18,6 @@ def describe_environment() -> dict[str, Any]:
         "versions": {**versions, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "processor": platform.machine()},
     }
-
-
-def unwritable(folder: Path, cause: OSError) -> RunError:
-    """Say that a run directory cannot be written."""
-    message = f"The run directory {folder} cannot be written ({cause.strerror}): free space or rights, then run again."
-    return RunError(message)
 
 
 def default_path(manifest: dict[str, Any]) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import CheckpointError, NumericalError, PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import AdapterIndex, Checkpoint
 from deltaspec.workflows.merging.collect_changes import collect_changes
 from deltaspec.workflows.merging.merge_tensor import merge_tensor
@@ -103,7 +103,7 @@ def divergence(
     for each token and vocabulary entry. Divergences are summed in float64.
     """
     device = resolve_devices(text.options.device)[0]
-    first, second, index = open_model(str(base)), open_model(str(tuned)), open_source(adapter)
+    first, second, index = open_model(str(base)), open_model(str(tuned)), open_plain(adapter)
     if not isinstance(index, AdapterIndex):
         message = f"'{adapter}' is no adapter: pass a folder with adapter_config.json."
         raise PairingError(message)

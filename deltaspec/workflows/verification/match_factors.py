@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.pairing.modules import group_modules, row_ids
+from deltaspec.pairing.modules import group_modules
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixSource, WeightPair
 from deltaspec.workflows.verification.claims import Claims
 from deltaspec.workflows.verification.sides import Sides
@@ -91,7 +91,7 @@ def _check(pair: WeightPair, stored: Iterable[WeightPair], claimed: float | None
         if other.key.part == pair.key.part:
             pieces.append((other.tuned, None))
         elif not pair.key.part:
-            pieces.append((other.tuned, tuple(row_ids(other.base.view, pair.shape[0]))))
+            pieces.append((other.tuned, tuple(other.base.view.take(torch.arange(pair.shape[0])).tolist())))
     return Check(pair, tuple(pieces), claimed, stray)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.io.peft_targets import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
@@ -51,7 +51,7 @@ def open_sides(base: str | Path, tuned: str | Path, adapter: str | Path, options
         If one cannot be read, they are in another order, or the adapter belongs to another base.
     """
     plan, first, second = make_plan(base, tuned, options)
-    index = open_source(adapter)
+    index = open_plain(adapter)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
         message = (
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
