@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from deltaspec.options import RankOptions
+from deltaspec.types import Truncation
 
 EPS = float(torch.finfo(torch.float64).eps)
 
@@ -116,3 +119,67 @@ POLICIES = {
     "params": Policy(None, "so many numbers in all factors, where they keep most energy", "numbers", "all"),
     "size": Policy(None, "so many bytes in all factors, where they keep most energy", "bytes", "all"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """How many directions of one matrix each of several adapters takes: given, or chosen from its singular values.
+
+    Attributes
+    ----------
+    amounts : mapping
+        Label of each adapter → its policy's amount, or this matrix's rank where ``given``.
+    given : bool
+        Ranks are known: a budget bought them.
+    options : RankOptions
+        The policy, with bounds of ranks that it chooses.
+    side : int
+        min(d_out, d_in), or the rank of stored factors: no rank is larger.
+    edge : callable
+        Returns the largest singular value that storage rounding alone explains; asked by one policy alone.
+
+    Examples
+    --------
+    >>> choice = RankChoice({"energy-0.9": 0.9, "energy-1": 1.0}, False, RankOptions("energy", (0.9, 1.0)), side=3)
+    >>> choice.choose(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))
+    {'energy-0.9': 1, 'energy-1': 2}
+    """
+
+    amounts: Mapping[str, float]
+    given: bool
+    options: RankOptions
+    side: int
+    edge: Callable[[], float] = float
+
+    @property
+    def known(self) -> dict[str, int] | None:
+        """Each adapter's rank, where it does not depend on the singular values; else None."""
+        if self.given:
+            return {label: min(int(rank), self.side) for label, rank in self.amounts.items()}
+        if self.options.policy == "rank":
+            return {label: self._clamp(int(amount)) for label, amount in self.amounts.items()}
+        return None
+
+    def choose(self, values: Tensor) -> dict[str, int]:
+        """Return each adapter's rank from all singular values, (k,) float64, descending; 0 for a zero matrix."""
+        energy, policy = float(values.square().sum()), POLICIES[self.options.policy]
+        if policy.function is None or not energy:
+            return {label: self._clamp(0) if energy else 0 for label in self.amounts}
+        above = self.options.policy == "above_rounding"
+        asked = {label: self.edge() if above else amount for label, amount in self.amounts.items()}
+        return {label: self._clamp(policy.function(values, energy, amount)) for label, amount in asked.items()}
+
+    @property
+    def largest(self) -> int | Callable[[Tensor], int]:
+        """The largest rank, as ``linalg.truncated.truncate`` wants it: a number, or what chooses it from the values."""
+        return max(self.known.values()) if self.known else lambda values: max(self.choose(values).values())
+
+    def settle(self, found: Truncation) -> dict[str, int]:
+        """Return the ranks that a truncation of the largest one really has: no more directions than it holds."""
+        ranks, held = self.known, found.singular_values.numel()
+        if ranks is None:
+            ranks = dict.fromkeys(self.amounts, 0) if found.values is None else self.choose(found.values)
+        return {label: min(rank, held) for label, rank in ranks.items()}
+
+    def _clamp(self, rank: int) -> int:
+        return clamp(rank, minimum=self.options.minimum, maximum=self.options.maximum, side=self.side)
