@@ -18,9 +18,16 @@ EPS = float(torch.finfo(torch.float64).eps)
 class Policy:
     """One way to choose ranks.
 
-    ``function`` takes (values, energy, amount) of one matrix and returns its rank; None where a budget is spent over
-    all matrices at once (``budget.allocate_ranks``). ``needs`` is what must be known first: ``top`` (the amount alone),
-    ``values`` (all singular values of this matrix) or ``all`` (every spectrum of the model).
+    Attributes
+    ----------
+    function : callable or None
+        Takes (values, energy, amount) of one matrix and returns its rank; None where a budget is spent over all
+        matrices at once (``budget.allocate_ranks``).
+    description, unit : str
+        What it does, and what its amount is.
+    needs : str
+        What must be known first: ``top`` (the amount alone), ``values`` (all singular values of this matrix) or ``all``
+        (every spectrum of the model).
     """
 
     function: Callable[[Tensor, float, float], int] | None
@@ -44,6 +51,12 @@ def rank_for_energy(values: Tensor, energy: float, share: float) -> int:
     -----
     Decided on tails Σ_{i>r} σᵢ², summed from the small end. A tail under k·eps of the energy counts as zero: rounding
     leaves .01 to .1 of that in the eigenvalues of a Gram matrix, and an update of exact rank 8 needs 8 for all of it.
+
+    Examples
+    --------
+    >>> values = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    >>> [rank_for_energy(values, 10.0, share) for share in (0.5, 0.9, 0.95, 1.0)]
+    [1, 1, 2, 2]
     """
     return _least(values, energy, (1 - share) * energy)
 
@@ -59,6 +72,15 @@ def rank_for_error(values: Tensor, energy: float, error: float) -> int:
         ‖ΔW‖²_F, float64.
     error : float, in (0, 1]
         Below √(k·eps), 1e-6 at k = 4096, no larger rank is asked for: see ``rank_for_energy``.
+
+    References
+    ----------
+    Eckart & Young, The approximation of one matrix by another of lower rank, Psychometrika 1936.
+
+    Examples
+    --------
+    >>> rank_for_error(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64), 10.0, 0.2)
+    2
     """
     return _least(values, energy, error * error * energy)
 
@@ -83,6 +105,11 @@ def rank_above(values: Tensor, edge: float) -> int:
         In units of the weights.
     edge : float
         The largest singular value that storage rounding alone explains, in the same unit.
+
+    Examples
+    --------
+    >>> rank_above(torch.tensor([3.0, 1.0, 0.5]), 0.5)
+    2
     """
     return int((values > edge).sum())
 
@@ -97,6 +124,11 @@ def clamp(rank: int, *, minimum: int, maximum: int, side: int) -> int:
         0 is none.
     side : int
         min(d_out, d_in).
+
+    Examples
+    --------
+    >>> [clamp(rank, minimum=4, maximum=8, side=6) for rank in (2, 5, 9)]
+    [4, 5, 6]
     """
     return min(max(rank, minimum), maximum or side, side)
 

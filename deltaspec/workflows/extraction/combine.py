@@ -59,8 +59,7 @@ def combine(
 
     Returns
     -------
-    dict
-        Label → the report that is also written as ``deltaspec.json``.
+    dict of label → the report that is also written as ``deltaspec.json``
 
     Raises
     ------

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deltaspec.delta import DenseDelta, energy_of
 from deltaspec.errors import NumericalError
-from deltaspec.extraction.factors import Factors, balance, cast_factors, optimum, product_error, stored_errors
+from deltaspec.extraction.factor_errors import optimum, product_error, stored_errors
+from deltaspec.extraction.factors import Factors, balance, cast_factors
 from deltaspec.extraction.ranks import RankChoice
 from deltaspec.extraction.whiten import balance_weighted, truncate_weighted, weighted_errors
 from deltaspec.io.matrix import read_low_rank

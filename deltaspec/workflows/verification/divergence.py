@@ -110,6 +110,10 @@ def divergence(
     kinds = choose_kinds(first, second)
     cases = _Cases(_read_batches(text, (first, second), kinds), device)
     plain, adapted = _score((first, second, index), kinds, cases, progress or (lambda _: None))
+    return _join(plain, adapted, cases, measure=name_measure(kinds[1]))
+
+
+def _join(plain: Score, adapted: Score, cases: _Cases, *, measure: str) -> Divergence:
     return Divergence(
         plain.kl,
         adapted.kl,
@@ -117,7 +121,7 @@ def divergence(
         adapted.top1,
         tokens=sum(batch.ids.numel() for batch in cases.batches),
         cases=plain.cases,
-        measure=name_measure(kinds[1]),
+        measure=measure,
         hidden_base=plain.hidden,
         hidden_adapter=adapted.hidden,
     )
