@@ -15,12 +15,12 @@ from deltaspec.workflows.extraction.adapter_folder import write_adapters
 from deltaspec.workflows.extraction.budget_ranks import spend
 from deltaspec.workflows.extraction.factorise_matrix import Job, factorise
 from deltaspec.workflows.extraction.fill_pieces import fill_pieces
-from deltaspec.workflows.extraction.nouns import Assembly, Extraction, Rest, Rows, Spending
+from deltaspec.workflows.extraction.nouns import Assembly, Extraction, Finished, Rest, Spending
 from deltaspec.workflows.shared.workers import Workers
 
 
 def build_adapters(
-    extraction: Extraction, workers: Workers, staging: Staging, measure: Callable[[Rows], Rest]
+    extraction: Extraction, workers: Workers, staging: Staging, measure: Callable[[Finished], Rest]
 ) -> dict[str, AdapterReport]:
     """Factorise every matrix that is not done yet, write the adapters and commit them; returns their reports by label.
 

@@ -27,7 +27,7 @@ from deltaspec.workflows.shared.running_models import (
     run_model,
 )
 from deltaspec.workflows.shared.text_batches import Batch, Intake, Text, digest, make_batches
-from deltaspec.workflows.shared.workers import Progress, Tally
+from deltaspec.workflows.shared.workers import Headway, OnStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def _open(model: str, text: Path, options: CalibrateOptions) -> tuple[Reading, d
     return Reading(checkpoint, kind, batches, device, about), source
 
 
-def _measure(reading: Reading, options: CalibrateOptions, staging: Staging, progress: Progress | None) -> None:
+def _measure(reading: Reading, options: CalibrateOptions, staging: Staging, progress: OnStep | None) -> None:
     """Run the model over the text, and write the moments of its layers."""
     checkpoint, device, about = reading.checkpoint, reading.device, dict(reading.about)
     dtype = choose_dtype(checkpoint, options.dtype, device=device)
@@ -135,11 +135,11 @@ def _measure(reading: Reading, options: CalibrateOptions, staging: Staging, prog
     staging.commit(staging.path / "built")
 
 
-def _fill(model: Any, reading: Reading, inputs: Inputs, *, memory: int, progress: Progress | None) -> None:
+def _fill(model: Any, reading: Reading, inputs: Inputs, *, memory: int, progress: OnStep | None) -> None:
     """Store each matrix that is not stored yet: one pass over the text for each group that fits in memory."""
     groups = _group(inputs, memory)
-    tally = Tally(len(inputs.parts), reading.tokens * len(groups), progress)
-    tally.skip(len(inputs.parts) - sum(map(len, groups)))
+    headway = Headway(len(inputs.parts), reading.tokens * len(groups), progress)
+    headway.skip(len(inputs.parts) - sum(map(len, groups)))
     for group in groups:
         leaders = {layer.name for layer in group}
         followers = [layer for layer in inputs.layers if inputs.aliases.get(layer.name) in leaders]
@@ -148,10 +148,10 @@ def _fill(model: Any, reading: Reading, inputs: Inputs, *, memory: int, progress
             for batch in reading.batches:
                 sums.begin(batch)
                 run_model(model, batch, device=reading.device)
-                tally.add(0, work=batch.ids.numel())
+                headway.add(0, work=batch.ids.numel())
         for name, matrix in sums.take():
             write_part(inputs.parts[name], matrix.cpu())
-        tally.skip(len(group))
+        headway.skip(len(group))
 
 
 def _group(inputs: Inputs, memory: int) -> list[list[Layer]]:

@@ -24,15 +24,13 @@ from deltaspec.pairing.sums import Total, sum_adapters
 from deltaspec.store.adapter_report import AdapterReport, Provenance
 from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec
 from deltaspec.workflows.extraction.build_adapters import build_adapters
-from deltaspec.workflows.extraction.nouns import Extraction, Leftover, Rest, Rows, Sources
+from deltaspec.workflows.extraction.nouns import Extraction, Finished, Leftover, Rest, Sources
 from deltaspec.workflows.extraction.sources import resolve_dtype
 from deltaspec.workflows.shared.workers import Workers
 
-Weighted = tuple[str | Path, float]
-
 
 def combine(
-    adapters: Sequence[Weighted],
+    adapters: Sequence[tuple[str | Path, float]],
     out: str | Path,
     *,
     base: str | Path | None = None,
@@ -88,7 +86,7 @@ class _Added:
     extraction: Extraction
 
 
-def _open_all(adapters: Sequence[Weighted], base: str | Path | None, options: ExtractOptions) -> _Added:
+def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | None, options: ExtractOptions) -> _Added:
     """Open and add up all adapters; of their factors nothing is read yet."""
     named, plan = _open_base(base), Plan()
     indexes = [_open(path, named, plan) for path, _ in adapters]
@@ -120,7 +118,7 @@ def _any_bias(total: Total) -> bool:
     return any(bool(_sum(terms).any()) for terms in total.biases.values())
 
 
-def _rest(added: _Added, rows: Rows) -> Rest:
+def _rest(added: _Added, rows: Finished) -> Rest:
     """Biases and tensors stored whole go along; a sum of nothing is refused."""
     total = added.total
     if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:

@@ -17,7 +17,7 @@ from deltaspec.store.adapter_report import AdapterReport, Provenance
 from deltaspec.types import Step
 from deltaspec.workflows.extraction.build_adapters import build_adapters
 from deltaspec.workflows.extraction.leftovers import measure_rest
-from deltaspec.workflows.extraction.nouns import Extraction, Rest, Rows, Sources
+from deltaspec.workflows.extraction.nouns import Extraction, Finished, Rest, Sources
 from deltaspec.workflows.extraction.sources import open_sources
 from deltaspec.workflows.shared.workers import Workers
 
@@ -59,7 +59,7 @@ def extract(
     devices = resolve_devices(options.analysis.device, options.analysis.workers)
     extraction = _open(base, tuned, options)
 
-    def measure(rows: Rows) -> Rest:
+    def measure(rows: Finished) -> Rest:
         rest = measure_rest(extraction.sources, rows, device=devices[0])
         _refuse_equal(extraction, rows, rest)
         return rest
@@ -103,7 +103,7 @@ def _check_moments(moments: Moments, sources: Sources, models: Sequence[dict[str
         sources.plan.note(note)
 
 
-def _refuse_equal(extraction: Extraction, rows: Rows, rest: Rest) -> None:
+def _refuse_equal(extraction: Extraction, rows: Finished, rest: Rest) -> None:
     sources = extraction.sources
     others = [item.name for item in rest.leftovers if item.energy or item.whole]
     if any(row["energy"] for row in rows.values()) or (others and extraction.options.form.extras != "none"):

@@ -12,7 +12,7 @@ from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import DeltaspecError, NumericalError
 from deltaspec.store.pieces import Pieces
 from deltaspec.workflows.extraction.factorise_matrix import Job, memory_of
-from deltaspec.workflows.shared.workers import Tally, Workers
+from deltaspec.workflows.shared.workers import Headway, Workers
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 
@@ -43,7 +43,7 @@ def fill_pieces(
     todo = [job for job in jobs if rows[job.key].get("wanted") != job.wanted]
     todo.sort(key=lambda job: -job.work)
     budget = workers.memory or 2 * max(map(memory_of, jobs), default=0) + (48 << 20)
-    tally = Tally(len(todo), sum(job.work for job in todo), workers.progress)
+    headway = Headway(len(todo), sum(job.work for job in todo), workers.progress)
     failed: list[Exception] = []
     for outcome in run_engine(todo, compute, devices=workers.devices, cost=memory_of, budget=budget):
         job = outcome.item
@@ -53,7 +53,7 @@ def fill_pieces(
             row, tensors = outcome.value
             rows[job.key] = {**row, "wanted": job.wanted}
             pieces.put(job.key, rows[job.key], tensors)
-        tally.add(work=job.work, failed=outcome.value is None)
+        headway.add(work=job.work, failed=outcome.value is None)
     if failed:
         raise _join(failed)
     return cast("dict[str, Row]", rows)

@@ -15,14 +15,14 @@ from deltaspec.io.matrix import read_low_rank, read_tensor
 from deltaspec.pairing.modules import grown_rows
 from deltaspec.pairing.plan import VectorPair
 from deltaspec.types import AdapterIndex, LowRankSource, MatrixSource, Note, NoteKind, TensorSpec, WeightPair
-from deltaspec.workflows.extraction.nouns import Leftover, Rest, Rows, Sources
+from deltaspec.workflows.extraction.nouns import Finished, Leftover, Rest, Sources
 from deltaspec.workflows.shared.non_finite import describe_non_finite, locate
 from deltaspec.workflows.shared.vector_changes import change_of
 
 CHUNK = 1 << 20
 
 
-def measure_rest(sources: Sources, rows: Rows, *, device: torch.device) -> Rest:
+def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> Rest:
     """Stream every tensor without factors once, and list those that changed.
 
     Parameters

@@ -16,7 +16,7 @@ from deltaspec.store.adapter_report import BudgetReport, MatrixRow, Provenance
 from deltaspec.store.pieces import Pieces
 from deltaspec.types import Checkpoint, ModulePair, NoteKind, Opened, TensorSpec
 
-Rows = Mapping[str, MatrixRow]
+Finished = Mapping[str, MatrixRow]
 """Finished matrices by their key."""
 
 
@@ -99,7 +99,7 @@ class Assembly:
     """All that the adapters are made from, once every matrix is factorised."""
 
     extraction: Extraction
-    rows: Rows
+    rows: Finished
     pieces: Pieces
     rest: Rest
     spending: Spending | None

@@ -22,7 +22,7 @@ from deltaspec.types import Checkpoint, Entry, MatrixKey, Shape
 from deltaspec.workflows.merging.merge_tensor import copy_tensor, merge_tensor
 from deltaspec.workflows.merging.report import MergedMatrix
 from deltaspec.workflows.merging.tensor_changes import TensorChanges
-from deltaspec.workflows.shared.workers import Progress, Tally
+from deltaspec.workflows.shared.workers import Headway, OnStep
 
 Files = dict[str, list[str]]
 """File of the result → the tensors that it holds."""
@@ -77,7 +77,7 @@ def lay_out(rewrite: Rewrite, out: Path) -> Files:
 
 
 def write_files(
-    rewrite: Rewrite, files: Files, folder: Path, reports: Path, *, progress: Progress | None
+    rewrite: Rewrite, files: Files, folder: Path, reports: Path, *, progress: OnStep | None
 ) -> tuple[MergedMatrix, ...]:
     """Write the files that are not finished yet; return every changed matrix.
 
@@ -95,12 +95,12 @@ def write_files(
     kept = {name: reports / f"{number}.json" for number, name in enumerate(files)}
     finished = {name: _read_rows(kept[name], folder / name) for name in files}
     todo = [rewrite.entry(tensor) for name, held in files.items() if finished[name] is None for tensor in held]
-    tally = Tally(len(todo), sum(math.prod(entry.shape) for entry in todo), progress)
-    tally.tell()
+    headway = Headway(len(todo), sum(math.prod(entry.shape) for entry in todo), progress)
+    headway.tell()
     for name, held in files.items():
         if finished[name] is None:
             rows: list[MergedMatrix] = []
-            entries = [_counted(rewrite.entry(tensor, rows), tally) for tensor in held]
+            entries = [_counted(rewrite.entry(tensor, rows), headway) for tensor in held]
             size = write_safetensors(folder / name, entries, metadata=_metadata(rewrite.base, held))
             with whole_file(kept[name]) as stream:
                 stream.write(json.dumps({"bytes": size, "rows": [row.to_dict() for row in rows]}).encode())
@@ -108,12 +108,12 @@ def write_files(
     return tuple(row for rows in finished.values() for row in rows or ())
 
 
-def _counted(entry: Entry, tally: Tally) -> Entry:
+def _counted(entry: Entry, headway: Headway) -> Entry:
     """Count a tensor as done once it is read."""
 
     def read() -> Tensor:
         tensor = entry.read()
-        tally.add(work=math.prod(entry.shape))
+        headway.add(work=math.prod(entry.shape))
         return tensor
 
     return replace(entry, read=read)

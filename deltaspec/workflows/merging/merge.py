@@ -22,7 +22,7 @@ from deltaspec.workflows.merging.collect_changes import collect_changes
 from deltaspec.workflows.merging.report import MergeFacts, MergeReport
 
 Given = str | Path | tuple[str | Path, float]
-Weighted = tuple[AdapterIndex, float]
+Addend = tuple[AdapterIndex, float]
 
 
 def merge(
@@ -66,7 +66,7 @@ def merge(
         return _finish(rewrite, files, staging, report)
 
 
-def _open(base: str | Path, adapters: Sequence[Given], dtype: str) -> tuple[Checkpoint, list[Weighted]]:
+def _open(base: str | Path, adapters: Sequence[Given], dtype: str) -> tuple[Checkpoint, list[Addend]]:
     named = [parse_adapter(adapter) for adapter in adapters]
     if not named:
         message = "merge needs at least one adapter: name it after the base."
@@ -74,12 +74,12 @@ def _open(base: str | Path, adapters: Sequence[Given], dtype: str) -> tuple[Chec
     return _open_base(base, dtype), [_open_adapter(place, weight) for place, weight in named]
 
 
-def _list_files(base: Checkpoint, adapters: Sequence[Weighted]) -> list[Path]:
+def _list_files(base: Checkpoint, adapters: Sequence[Addend]) -> list[Path]:
     sides: list[Checkpoint | AdapterIndex] = [base, *(adapter for adapter, _ in adapters)]
     return [place for side in sides for place in (side.root, *side.files)]
 
 
-def _describe(base: Checkpoint, adapters: Sequence[Weighted], dtype: str) -> MergeFacts:
+def _describe(base: Checkpoint, adapters: Sequence[Addend], dtype: str) -> MergeFacts:
     return {
         "kind": "merge",
         "base": identify_source(base),
@@ -150,7 +150,7 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
     return source
 
 
-def _open_adapter(place: str | Path, weight: float) -> Weighted:
+def _open_adapter(place: str | Path, weight: float) -> Addend:
     source = open_plain(place)
     if isinstance(source, Checkpoint):
         message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."

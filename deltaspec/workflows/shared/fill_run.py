@@ -11,7 +11,7 @@ from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import DeltaspecError
 from deltaspec.store.run import Run
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
-from deltaspec.workflows.shared.workers import Tally, Workers
+from deltaspec.workflows.shared.workers import Headway, Workers
 
 Norms = dict[str, float]  # of the base's matrices, by key: the same for every model that is compared with it
 
@@ -68,15 +68,15 @@ def fill_run(
     todo = sorted((t for t in tasks if not run.has(t.key, t.store_key)), key=lambda t: -t.work)
     largest = max((8 * t.shape[0] * t.shape[1] for t in tasks), default=0)
     budget = workers.memory or 4 * largest + (48 << 20)
-    tally = Tally(len(todo), sum(task.work for task in todo), workers.progress)
-    tally.tell()
+    headway = Headway(len(todo), sum(task.work for task in todo), workers.progress)
+    headway.tell()
     for outcome in run_engine(todo, compute, devices=workers.devices, cost=cost, budget=budget):
         task = outcome.item
         if outcome.value is None:
             run.put_failure(task.key, task.store_key, _sentence(task, outcome.failure))
         else:
             run.put(*outcome.value)
-        tally.add(work=task.work, weights=task.shape[0] * task.shape[1], failed=outcome.value is None)
+        headway.add(work=task.work, weights=task.shape[0] * task.shape[1], failed=outcome.value is None)
 
 
 def _sentence(task: Item, failure: Exception | None) -> str:

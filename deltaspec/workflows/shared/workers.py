@@ -9,7 +9,7 @@ import torch
 
 from deltaspec.types import Step
 
-Progress = Callable[[Step], None]
+OnStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Workers:
 
     devices: Sequence[torch.device]
     memory: int = 0
-    progress: Progress | None = None
+    progress: OnStep | None = None
 
 
-class Tally:
+class Headway:
     """Adds up what is done of some work, and tells each sum to whoever asked for it.
 
     Parameters
@@ -43,12 +43,12 @@ class Tally:
 
     Examples
     --------
-    >>> tally = Tally(2, 30, lambda step: print(step.done, "of", step.total, step.work_done / step.work_total))
-    >>> tally.add(work=15)
+    >>> headway = Headway(2, 30, lambda step: print(step.done, "of", step.total, step.work_done / step.work_total))
+    >>> headway.add(work=15)
     1 of 2 0.5
     """
 
-    def __init__(self, items: int, work: int, progress: Progress | None) -> None:
+    def __init__(self, items: int, work: int, progress: OnStep | None) -> None:
         self._step, self._progress = Step(0, items, 0, 0, work, 0), progress
 
     def skip(self, items: int) -> None:

@@ -13,7 +13,7 @@ from deltaspec.pairing.plan import VectorPair
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec
 from deltaspec.workflows.shared.vector_changes import change_of
 from deltaspec.workflows.verification.claims import Claims
-from deltaspec.workflows.verification.sides import Sides
+from deltaspec.workflows.verification.trio import Trio
 
 Tensors = dict[str, TensorSpec]
 
@@ -27,7 +27,7 @@ class CheckedTensor:
     right: bool
 
 
-def check_beside(sides: Sides) -> tuple[list[CheckedTensor], list[str]]:
+def check_beside(trio: Trio) -> tuple[list[CheckedTensor], list[str]]:
     """Compare each bias's change, rounded as it is stored, and each whole tensor with those of the fine-tune.
 
     Returns
@@ -37,19 +37,19 @@ def check_beside(sides: Sides) -> tuple[list[CheckedTensor], list[str]]:
     list of str
         What is claimed and not there.
     """
-    tensors = _list_tuned(sides)
-    rows = _check_paired(sides, tensors)
-    if sides.claims is None:
+    tensors = _list_tuned(trio)
+    rows = _check_paired(trio, tensors)
+    if trio.claims is None:
         return rows, []
     known = {row.tensor for row in rows}
-    whole, missing = _check_claimed_whole(sides.claims, sides, tensors)
-    biases, absent = _check_claimed_biases(sides.claims, sides)
+    whole, missing = _check_claimed_whole(trio.claims, trio, tensors)
+    biases, absent = _check_claimed_biases(trio.claims, trio)
     return rows + [row for row in whole + biases if row.tensor not in known], missing + absent
 
 
-def _list_tuned(sides: Sides) -> Tensors:
+def _list_tuned(trio: Trio) -> Tensors:
     """Map names in the base and in its running model to the fine-tune's tensors, those of tied modules too."""
-    plan, layout, tuned = sides.changed, sides.layout, sides.tuned
+    plan, layout, tuned = trio.changed, trio.layout, trio.tuned
     tensors = {vector.key.tensor: vector.tuned for vector in plan.vectors if vector.scaling is None}
     tensors |= {p.key.tensor: p.tuned.spec for p in plan.pairs if isinstance(p.tuned, MatrixSource)}
     for name, spec in list(tensors.items()):
@@ -59,17 +59,17 @@ def _list_tuned(sides: Sides) -> Tensors:
     return (tuned.tensors if isinstance(tuned, Checkpoint) else tuned.full) | tensors
 
 
-def _check_paired(sides: Sides, tensors: Tensors) -> list[CheckedTensor]:
+def _check_paired(trio: Trio, tensors: Tensors) -> list[CheckedTensor]:
     """Check all that pairs with a tensor of the base."""
-    vectors = {vector.key.tensor: vector for vector in sides.changed.vectors}
+    vectors = {vector.key.tensor: vector for vector in trio.changed.vectors}
     rows, seen = [], set()
-    for vector in sides.adapted.vectors:
+    for vector in trio.adapted.vectors:
         name = vector.key.tensor
         if vector.scaling is None:
             rows.append(CheckedTensor(name, "whole", _is_whole(tensors, vector.tuned, name)))
         else:
             rows.append(CheckedTensor(name, "bias", _same_bias(vectors.get(name), vector)))
-    for pair in sides.adapted.pairs:
+    for pair in trio.adapted.pairs:
         name = pair.key.tensor
         if isinstance(pair.tuned, MatrixSource) and name not in seen:
             seen.add(name)
@@ -77,13 +77,13 @@ def _check_paired(sides: Sides, tensors: Tensors) -> list[CheckedTensor]:
     return rows
 
 
-def _check_claimed_whole(claims: Claims, sides: Sides, tensors: Tensors) -> tuple[list[CheckedTensor], list[str]]:
+def _check_claimed_whole(claims: Claims, trio: Trio, tensors: Tensors) -> tuple[list[CheckedTensor], list[str]]:
     """Look for every whole tensor that the report lists; return also those that are missing."""
     rows, missing = [], []
     for name in claims.whole:
-        for running in _uses(name, sides.layout):
-            stored = sides.adapter.full.get(running)
-            known = sides.layout.running.get(running, running)
+        for running in _uses(name, trio.layout):
+            stored = trio.adapter.full.get(running)
+            known = trio.layout.running.get(running, running)
             if stored is None:
                 missing.append(known)
             else:
@@ -91,13 +91,13 @@ def _check_claimed_whole(claims: Claims, sides: Sides, tensors: Tensors) -> tupl
     return rows, missing
 
 
-def _check_claimed_biases(claims: Claims, sides: Sides) -> tuple[list[CheckedTensor], list[str]]:
+def _check_claimed_biases(claims: Claims, trio: Trio) -> tuple[list[CheckedTensor], list[str]]:
     """Look for every bias that the report lists; of one that lies in several modules, join them and compare."""
     rows, missing = [], []
-    vectors = {vector.key.tensor: vector for vector in sides.changed.vectors}
+    vectors = {vector.key.tensor: vector for vector in trio.changed.vectors}
     for path in claims.biased:
-        places = sides.layout.place(path)
-        found = [sides.adapter.biases.get(place.name.removesuffix(".weight")) for place in places]
+        places = trio.layout.place(path)
+        found = [trio.adapter.biases.get(place.name.removesuffix(".weight")) for place in places]
         missing += [f"{path}.bias"] if None in found else []
         vector = vectors.get(f"{path}.bias")
         if vector is None or None in found or len(places) == 1:

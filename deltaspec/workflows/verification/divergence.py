@@ -128,13 +128,13 @@ def _join(plain: Score, adapted: Score, cases: _Cases, *, measure: str) -> Diver
 
 
 def _score(
-    sides: tuple[Checkpoint, Checkpoint, AdapterIndex],
+    models: tuple[Checkpoint, Checkpoint, AdapterIndex],
     kinds: tuple[ModelKind, ModelKind],
     cases: _Cases,
     tell: Callable[[str], None],
 ) -> tuple[Score, Score]:
     """Run the fine-tune, the base, and the base with the adapter, one after another; score the last two."""
-    base, tuned, adapter = sides
+    base, tuned, adapter = models
     with tempfile.TemporaryDirectory(prefix="deltaspec-", ignore_cleanup_errors=True) as folder:
         tell("running the fine-tune")
         reference = Reference(Path(folder), headless=kinds[1].headless)

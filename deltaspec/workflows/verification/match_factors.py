@@ -12,10 +12,10 @@ from deltaspec.io.matrix import read_low_rank
 from deltaspec.pairing.modules import group_modules
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixSource, WeightPair
 from deltaspec.workflows.verification.claims import Claims
-from deltaspec.workflows.verification.sides import Sides
 from deltaspec.workflows.verification.tied_factors import name_tied
+from deltaspec.workflows.verification.trio import Trio
 
-Piece = tuple[LowRankSource, tuple[int, ...] | None]
+PlacedFactors = tuple[LowRankSource, tuple[int, ...] | None]
 Spot = tuple[str, int | None, str]
 
 
@@ -28,7 +28,7 @@ class Check:
     """
 
     pair: WeightPair
-    factors: tuple[Piece, ...]
+    factors: tuple[PlacedFactors, ...]
     claimed: float | None
     stray: bool = False
 
@@ -46,23 +46,23 @@ class Matched:
     missing: tuple[str, ...] = ()
 
 
-def match_factors(sides: Sides) -> Matched:
+def match_factors(trio: Trio) -> Matched:
     """Find each matrix's factors: by parts of fused matrices where the report claims parts, else by whole ones.
 
     Without claims all that the adapter changes is checked.
     """
-    modules = (group_modules(sides.changed, sides.base, split_fused=split)[0] for split in (False, True))
+    modules = (group_modules(trio.changed, trio.base, split_fused=split)[0] for split in (False, True))
     wholes, parts = ({str(pair.key): pair for module in found for pair in module.pairs} for found in modules)
     stored: defaultdict[tuple[str, int | None], list[WeightPair]] = defaultdict(list)
-    for pair in sides.adapted.pairs:
+    for pair in trio.adapted.pairs:
         if isinstance(pair.tuned, LowRankSource):
             stored[pair.key.tensor, pair.key.expert].append(pair)
-    if sides.claims is None:
+    if trio.claims is None:
         checks = (_check(pair, stored[pair.key.tensor, pair.key.expert], None) for pair in wholes.values())
         return Matched(tuple(check for check in checks if check.factors))
     known = parts | wholes
-    claimed, missing = _match_claims(sides.claims, known, stored)
-    twins = name_tied(sides, sides.claims)
+    claimed, missing = _match_claims(trio.claims, known, stored)
+    twins = name_tied(trio, trio.claims)
     others = [pair for pairs in stored.values() for pair in pairs if pair.key.tensor not in twins]
     strays, homeless = _find_strays(claimed, known.values(), others)
     return Matched((*claimed, *strays), tuple(homeless), tuple(missing))
@@ -84,7 +84,7 @@ def _match_claims(
 
 def _check(pair: WeightPair, stored: Iterable[WeightPair], claimed: float | None, *, stray: bool = False) -> Check:
     """Gather a matrix's factors: its own, or those of its parts with their rows."""
-    pieces: list[Piece] = []
+    pieces: list[PlacedFactors] = []
     for other in stored:
         assert isinstance(other.tuned, LowRankSource)
         assert isinstance(other.base, MatrixSource)  # the base is a checkpoint

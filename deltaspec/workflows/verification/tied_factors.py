@@ -11,12 +11,12 @@ from deltaspec.pairing.homes import factor_shape
 from deltaspec.pairing.modules import group_modules
 from deltaspec.types import LowRankSource, LowRankTerm, View
 from deltaspec.workflows.verification.claims import Claims
-from deltaspec.workflows.verification.sides import Sides
+from deltaspec.workflows.verification.trio import Trio
 
 ALIKE = 1e-9  # of ‖BA‖: two modules tied to one weight store the same numbers
 
 
-def check_tied(sides: Sides, claims: Claims) -> tuple[list[str], list[str]]:
+def check_tied(trio: Trio, claims: Claims) -> tuple[list[str], list[str]]:
     """Compare the factors of an embedding with those of every module that is tied to it.
 
     Returns
@@ -26,25 +26,25 @@ def check_tied(sides: Sides, claims: Claims) -> tuple[list[str], list[str]]:
     missing : list of str
         Those that have no factors.
     """
-    worse, missing, held = [], [], sides.adapter.modules
-    for paths in _tied_paths(sides, claims):
+    worse, missing, held = [], [], trio.adapter.modules
+    for paths in _tied_paths(trio, claims):
         there = [path for path in paths if path in held]
         missing += [f"{path}.weight" for path in paths if path not in there] if there else []
         worse += [f"{path}.weight" for path in there[1:] if not _alike(held[there[0]], held[path])]
     return worse, missing
 
 
-def name_tied(sides: Sides, claims: Claims) -> set[str]:
+def name_tied(trio: Trio, claims: Claims) -> set[str]:
     """Name the tensors whose factors are those of an embedding that they are tied to."""
-    running = sides.layout.running
-    names = {f"{path}.weight" for paths in _tied_paths(sides, claims) for path in paths}
+    running = trio.layout.running
+    names = {f"{path}.weight" for paths in _tied_paths(trio, claims) for path in paths}
     return names | {running[name] for name in names if name in running}
 
 
-def _tied_paths(sides: Sides, claims: Claims) -> list[list[str]]:
+def _tied_paths(trio: Trio, claims: Claims) -> list[list[str]]:
     """List, for each claimed embedding, the modules of the running model that its factors are written for."""
-    layout, found = sides.layout, []
-    for module in group_modules(sides.changed, sides.base, split_fused=False)[0]:
+    layout, found = trio.layout, []
+    for module in group_modules(trio.changed, trio.base, split_fused=False)[0]:
         claim = claims.matrices.get(str(module.pairs[0].key))
         if module.kind == "embedding" and claim and claim.rank:
             path = layout.place(module.path)[0].name.removesuffix(".weight")

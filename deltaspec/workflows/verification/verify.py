@@ -12,7 +12,7 @@ from deltaspec.engine.local import run as run_engine
 from deltaspec.io.peft_names import left_out
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import Step
-from deltaspec.workflows.shared.workers import Tally, Workers
+from deltaspec.workflows.shared.workers import Headway, Workers
 from deltaspec.workflows.verification.beside_factors import CheckedTensor, check_beside
 from deltaspec.workflows.verification.match_factors import Check, match_factors
 from deltaspec.workflows.verification.recompute_matrix import (
@@ -22,8 +22,8 @@ from deltaspec.workflows.verification.recompute_matrix import (
     recompute_matrix,
     total,
 )
-from deltaspec.workflows.verification.sides import open_sides
 from deltaspec.workflows.verification.tied_factors import check_tied
+from deltaspec.workflows.verification.trio import open_trio
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +80,30 @@ def verify(
         If something cannot be read, or the adapter belongs to another base.
     """
     options = options or AnalyzeOptions()
-    sides = open_sides(base, tuned, adapter, options)
-    matched = match_factors(sides)
+    trio = open_trio(base, tuned, adapter, options)
+    matched = match_factors(trio)
     workers = Workers(resolve_devices(options.device, options.workers), options.memory, progress)
     rows = _recompute(matched.checks, workers)
-    rest, absent = check_beside(sides)
+    rest, absent = check_beside(trio)
     worse, missing = list(matched.homeless), list(matched.missing)
-    if sides.claims:
-        untrue, lacking = check_tied(sides, sides.claims)
+    if trio.claims:
+        untrue, lacking = check_tied(trio, trio.claims)
         worse = [row.matrix for row in rows if row.worse and row.matrix not in matched.missing] + worse + untrue
         worse += [row.tensor for row in rest if not row.right]
-        missing += lacking + absent + left_out(sides.adapter)
+        missing += lacking + absent + left_out(trio.adapter)
     return Verification(
-        tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), claims=sides.claims is not None
+        tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), claims=trio.claims is not None
     )
 
 
 def _recompute(checks: Sequence[Check], workers: Workers) -> list[CheckedMatrix]:
     """Check every matrix, and return the rows in the order of the checks."""
     rows: dict[str, CheckedMatrix] = {}
-    tally = Tally(len(checks), sum(math.prod(check.pair.shape) for check in checks), workers.progress)
+    headway = Headway(len(checks), sum(math.prod(check.pair.shape) for check in checks), workers.progress)
     budget = workers.memory or 2 * max(map(memory_of, checks), default=0) + (48 << 20)
     for outcome in run_engine(checks, recompute_matrix, devices=workers.devices, cost=memory_of, budget=budget):
         if outcome.value is None:
             raise outcome.failure or RuntimeError(str(outcome.item.pair.key))
         rows[outcome.value.matrix] = outcome.value
-        tally.add(work=math.prod(outcome.item.pair.shape))
+        headway.add(work=math.prod(outcome.item.pair.shape))
     return [rows[str(check.pair.key)] for check in checks]

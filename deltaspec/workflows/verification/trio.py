@@ -17,7 +17,7 @@ from deltaspec.workflows.verification.claims import Claims, read_claims
 
 
 @dataclass(frozen=True, slots=True)
-class Sides:
+class Trio:
     """All three, opened and paired; headers alone are read.
 
     Attributes
@@ -42,7 +42,7 @@ class Sides:
     claims: Claims | None
 
 
-def open_sides(base: str | Path, tuned: str | Path, adapter: str | Path, options: AnalyzeOptions) -> Sides:
+def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options: AnalyzeOptions) -> Trio:
     """Open and pair all three.
 
     Raises
@@ -61,4 +61,4 @@ def open_sides(base: str | Path, tuned: str | Path, adapter: str | Path, options
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)
     heads = sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"})
-    return Sides(first, second, index, plan, adapted, Layout(first, heads), claims)
+    return Trio(first, second, index, plan, adapted, Layout(first, heads), claims)
