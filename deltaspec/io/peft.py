@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_parameters
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
 from deltaspec.io import shards
@@ -14,7 +15,6 @@ from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankTerm, TensorSpe
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 FACTOR = re.compile(
     r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.(?P<kind>weight|bias))?"
 )
@@ -28,7 +28,6 @@ REFUSED = {
     "kasa_config": "KaSA",
 }
 FOLDED_SINCE = (0, 19, 1)  # PEFT folded the factors of target_parameters otherwise before
-NESTED = ("gate_up_proj", "down_proj")  # PEFT nests parameters of one module in this order, the first innermost
 INNER = re.compile(r"(\.base_layer)+$")
 ACTIVATIONS = {  # types whose adapters change no weights
     *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
@@ -139,7 +138,7 @@ def _name_parameters(
         nests.setdefault(module, {})[key.count(".base_layer", len(module))] = key
     named = {}
     for module, nest in nests.items():
-        leaves = _leaves(module, listed)
+        leaves = own_parameters(module, listed)
         known = leaves == set(NESTED) or len(leaves) < 2
         if not known or sorted(nest) != list(range(max(len(leaves), 1))):
             message = (
@@ -151,23 +150,6 @@ def _name_parameters(
         for depth, key in nest.items():
             named[f"{module}.{order[depth]}" if order else key] = factors[key]
     return named
-
-
-def is_parameter(path: str, config: dict[str, Any]) -> bool:
-    """Tell whether factors of this name are those of a parameter that target_parameters lists, not of a module."""
-    module, _, leaf = path.rpartition(".")
-    return leaf in _leaves(module, config.get("target_parameters") or [])
-
-
-def _leaves(module: str, listed: list[str]) -> set[str]:
-    """Return which of a module's own parameters are listed: by full name, or by its end as PEFT matches it."""
-    found = set()
-    for name in listed:
-        owner, _, leaf = name.rpartition(".")
-        bare = not owner and module.endswith("experts")  # as PEFT rewrites the targets of older expert checkpoints
-        if bare or (owner and f".{module}".endswith(f".{owner}")):
-            found.add(leaf)
-    return found
 
 
 def _sort(
@@ -233,8 +215,7 @@ def _number(config: dict[str, Any], option: str, *, module: str, path: Path) -> 
     patterns = config.get(key) or {}
     value = config.get(option)
     try:
-        matching = (number for pattern, number in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        value = next(matching, value)
+        value = find_pattern(patterns, module, value)
     except (re.error, AttributeError, RecursionError) as cause:
         message = f"Cannot use '{path}': its {key} is no map from regular expressions to numbers ({cause})."
         raise CheckpointError(message) from cause

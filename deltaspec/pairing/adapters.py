@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
 from deltaspec.architecture.roles import fused_role
+from deltaspec.architecture.running_names import Place
 from deltaspec.errors import PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.running import Place
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.dense import VOCABULARY_ROLES, pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from deltaspec.io.open import open_plain
-from deltaspec.io.peft_writer import plan_adapter
+from deltaspec.io.peft_writer import PeftForm, plan_adapter
 from deltaspec.types import Checkpoint
 from tests.families import FAMILIES, random_state, write
 from tests.io.adapters import checkpoint, config_of, module, stored
@@ -116,7 +116,7 @@ def test_biases_go_with_all_targets_or_none(tmp_path: Path) -> None:
     assert torch.equal(found["a.lora_B.bias"], torch.arange(5.0).bfloat16())
     assert torch.equal(found["b.lora_B.bias"], torch.zeros(5).bfloat16())
     assert config_of(base, [carrying])["lora_bias"] is True
-    plan = plan_adapter([carrying, module("e", 9, 4, kind="embedding")], [], base=base, dtype="fp32")
+    plan = plan_adapter([carrying, module("e", 9, 4, kind="embedding")], [], base=base, form=PeftForm("fp32"))
     assert plan.config["lora_bias"] is False
     assert "'e'" in plan.refused["a.bias"]
     assert not any("bias" in entry.name for entry in plan.entries)

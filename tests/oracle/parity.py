@@ -18,7 +18,7 @@ from torch import Tensor
 from deltaspec.architecture.views import view_matrix
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import open_plain
-from deltaspec.io.peft_writer import write_adapter
+from deltaspec.io.peft_writer import PeftForm, write_adapter
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.types import AdapterModule, Checkpoint, Entry
@@ -174,7 +174,7 @@ def store(case: Case, folder: Path, *, full: list[Entry] | None = None, **option
     """Write the case's adapter; returns what was refused."""
     folder.mkdir(exist_ok=True)
     settings = {"dtype": "fp32", **options}
-    return write_adapter(folder, case.modules(), full or [], base=case.checkpoint, **settings)
+    return write_adapter(folder, case.modules(), full or [], base=case.checkpoint, form=PeftForm(**settings))
 
 
 def attach(base: Path, adapter: Path) -> Any:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.training.sites.adapted import Adapted, Update, check_free
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta
-
-PREFIX = "base_model.model."  # what PEFT puts before every path
 
 
 @dataclass(frozen=True, slots=True)

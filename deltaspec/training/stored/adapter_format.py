@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX, named_alike
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.io.peft_writer import VERSION
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.adapted import check_free
-from deltaspec.training.sites.attachment import PREFIX, Attachment, Method
+from deltaspec.training.sites.attachment import Attachment, Method
 from deltaspec.training.sites.model_sites import list_modules, list_sites
 from deltaspec.training.sites.site import Site
 from deltaspec.training.stored.fused_parts import join_parts, state_ranks
@@ -56,7 +57,7 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
         return {**config, "method": attachment.method, **_plain(asdict(attachment.options))}
     if method.sites:
         paths = list(dict.fromkeys(site.path for site in attachment.sites))
-        alike = _named_alike(paths, [path for path, _ in list_modules(attachment.model)])
+        alike = named_alike(paths, (path for path, _ in list_modules(attachment.model)))
         exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
         config["target_modules"] = "|".join(map(re.escape, paths)) if exact else paths
         if alike and not exact:
@@ -155,12 +156,6 @@ def _outermost(model: nn.Module, heads: Iterable[str]) -> list[str]:
             path = outer
         found[path] = None
     return list(found)
-
-
-def _named_alike(paths: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """List modules that PEFT would take for one of these paths because their names end in it."""
-    chosen = set(paths)
-    return [m for m in modules if m not in chosen and any(m.endswith(f".{path}") for path in paths)]
 
 
 def name_method(config: Mapping[str, Any]) -> str | None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.training.methods.lora.peft_config import FACTOR, whole_number
-from deltaspec.training.sites.attachment import PREFIX, Attachment
+from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import module_at
 from deltaspec.training.sites.site import Site
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
 from deltaspec.io.matrix import read_tensor
@@ -18,7 +19,7 @@ from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import HEAD, Plan, chosen, is_head
 from deltaspec.store.run import Run
-from deltaspec.training.sites.attachment import PREFIX, Attachment
+from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import identify_parameters, list_modules
 from deltaspec.training.stored.adapter_format import attach_stored, name_method
 from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Note, NoteKind, Step

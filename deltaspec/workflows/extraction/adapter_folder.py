@@ -11,7 +11,7 @@ from torch import Tensor
 from deltaspec.extraction.factors import block_diagonal, pad
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.peft_writer import write_adapter
+from deltaspec.io.peft_writer import PeftForm, write_adapter
 from deltaspec.store.adapter_report import AdapterReport
 from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
 from deltaspec.workflows.extraction.certificate import Written, write_report
@@ -39,16 +39,9 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> Written:
     modules += _bias_only(assembly, ranks) if with_bias else []
     modules = [module for module in modules if module.rank]
     full = _whole_entries(assembly) if form.extras == "all" else []
-    refused = write_adapter(
-        folder,
-        modules,
-        full,
-        base=assembly.sources.base,
-        dtype=assembly.sources.dtype,
-        rslora=form.rslora,
-        loader=assembly.extraction.loader,
-        untied=assembly.sources.heads,
-    )
+    sources = assembly.sources
+    stored_as = PeftForm(sources.dtype, form.rslora, sources.heads, assembly.extraction.loader or {})
+    refused = write_adapter(folder, modules, full, base=sources.base, form=stored_as)
     carried = {m.path for m in modules if m.read_bias and f"{m.path}.bias" not in refused and m.path not in refused}
     stored = {entry.name for entry in full} - refused.keys()
     left = [item for item in assembly.rest.leftovers if not _is_carried(item, carried, stored)]

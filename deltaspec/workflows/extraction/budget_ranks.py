@@ -18,7 +18,7 @@ from deltaspec.extraction.budget import Unit, allocate_ranks, uniform_rank
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import BUDGETS, ExtractOptions, RankOptions
@@ -108,7 +108,7 @@ def _from_run(sources: Sources, path: str) -> dict[str, Known]:
 
 def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]) -> Spending:
     """Spend each budget over the matrices, those that share a rank together."""
-    groups = _groups(sources.modules, Layout(sources.base, sources.heads))
+    groups = _groups(sources.modules, lay_out(sources.base, sources.heads))
     units = [_unit(keys, cost, known, weighted=options.ranks.weighted) for keys, cost in groups]
     ranks: defaultdict[str, dict[str, int]] = defaultdict(dict)
     report: dict[str, BudgetReport] = {}

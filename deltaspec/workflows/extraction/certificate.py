@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deltaspec.files.tensor_reader import list_tensors
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import lay_out
 from deltaspec.store.adapter_report import (
     FORMAT,
     VERSION,
@@ -93,7 +93,7 @@ def _has_bias(module: AdapterModule, refused: Mapping[str, str]) -> bool:
 
 def _tied(assembly: Assembly, modules: Sequence[AdapterModule]) -> list[str]:
     """Modules that share an embedding's weight, and so hold its factors too."""
-    layout = Layout(assembly.sources.base, assembly.sources.heads)
+    layout = lay_out(assembly.sources.base, assembly.sources.heads)
     paths = [layout.place(m.path)[0].name.removesuffix(".weight") for m in modules if m.kind == "embedding"]
     return [use for path in paths for use, _ in layout.uses(path)]
 

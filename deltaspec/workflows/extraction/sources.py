@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import DTYPES
-from deltaspec.io.peft_targets import Layout, make_targets
+from deltaspec.io.peft_layout import lay_out
+from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
@@ -77,7 +78,7 @@ def _refused_by_peft(modules: Sequence[ModulePair], base: Checkpoint, *, target:
         else AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel)
         for m in modules
     ]
-    targets, refused = make_targets(rows, Layout(base))
+    targets, refused = make_targets(rows, lay_out(base))
     if target != "peft":
         reason = f"{target} takes factors of plain linear layers only, and running models stack these experts"
         refused |= {source: reason for found in targets if found.parameter for source in found.sources}

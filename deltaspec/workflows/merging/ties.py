@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
+from deltaspec.architecture.running_names import SHARED
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import GRIDS
-from deltaspec.io.content import same_content
-from deltaspec.io.running import SHARED, list_tied
+from deltaspec.io.content import list_tied, same_content
 from deltaspec.pairing.dense import VOCABULARY_ROLES
 from deltaspec.pairing.plan import unreadable
 from deltaspec.pairing.tied import HEAD_NAMES

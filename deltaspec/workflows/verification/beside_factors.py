@@ -8,7 +8,7 @@ import torch
 
 from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import Layout
 from deltaspec.pairing.plan import VectorPair
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec
 from deltaspec.workflows.shared.vector_changes import change_of

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from deltaspec.architecture.running_names import SHARED
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.running import SHARED
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.pairing.homes import factor_shape
 from deltaspec.pairing.modules import group_modules

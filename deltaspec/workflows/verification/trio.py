@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deltaspec.errors import PairingError
 from deltaspec.io.open import open_plain
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.plan import Plan, refuse_shapes
@@ -61,4 +61,4 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)
     heads = sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"})
-    return Trio(first, second, index, plan, adapted, Layout(first, heads), claims)
+    return Trio(first, second, index, plan, adapted, lay_out(first, heads), claims)

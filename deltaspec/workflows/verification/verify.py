@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
-from deltaspec.io.peft_names import left_out
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import Step
 from deltaspec.workflows.shared.workers import Headway, Workers
@@ -90,7 +90,7 @@ def verify(
         untrue, lacking = check_tied(trio, trio.claims)
         worse = [row.matrix for row in rows if row.worse and row.matrix not in matched.missing] + worse + untrue
         worse += [row.tensor for row in rest if not row.right]
-        missing += lacking + absent + left_out(trio.adapter)
+        missing += lacking + absent + list_unloaded(trio.adapter)
     return Verification(
         tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), claims=trio.claims is not None
     )
