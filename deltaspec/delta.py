@@ -113,7 +113,19 @@ def stream(source: MatrixSource, *, device: torch.device) -> Iterator[Tensor]:
 
 
 def energy_of(source: MatrixSource, *, device: torch.device) -> float:
-    """Return ‖W‖²_F of a stored matrix, float64."""
+    """Return ‖W‖²_F of a stored matrix, accumulated in float64, streamed block by block.
+
+    Parameters
+    ----------
+    source : MatrixSource
+    device : torch.device
+        Where it is summed.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
     return float(sum(_energy(block) for block in stream(source, device=device)))
 
 

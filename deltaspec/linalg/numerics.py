@@ -43,6 +43,11 @@ def lies_on(values: Tensor, *, grid: str) -> bool:
     Parameters
     ----------
     values : Tensor, float64, float32 or float16
+
+    Examples
+    --------
+    >>> lies_on(torch.tensor([1.0, 1.5]), grid="BF16"), lies_on(torch.tensor([1.001]), grid="BF16")
+    (True, False)
     """
     dtype = DTYPES[grid].torch
     return bool(torch.equal(values.to(dtype).to(values.dtype), values))
@@ -54,6 +59,11 @@ def first_non_finite(values: Tensor) -> tuple[int, ...] | None:
     Parameters
     ----------
     values : Tensor, any float dtype
+
+    Examples
+    --------
+    >>> first_non_finite(torch.tensor([[1.0, 2.0], [float("nan"), 3.0]]))
+    (1, 0)
     """
     if values.dtype not in _EXPONENT_MASK:
         values = values.float()

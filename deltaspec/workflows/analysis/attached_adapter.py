@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from deltaspec.store.run import Run
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import identify_parameters, list_modules
 from deltaspec.training.stored.adapter_format import attach_stored, name_method
-from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Note, NoteKind, Step
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Note, NoteKind
 from deltaspec.workflows.analysis.attached_matrix import list_pieces
 from deltaspec.workflows.analysis.live import Sides, refuse_activations, run_live
+from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
 from deltaspec.workflows.shared.run_names import default_path
 
@@ -51,9 +52,7 @@ def analyze_attached(
     adapter: ForeignAdapter,
     out: str | Path | None = None,
     *,
-    options: AnalyzeOptions,
-    progress: Callable[[Step], None] | None = None,
-    sibling: Run | None = None,
+    execution: Execution,
 ) -> Run:
     """Attach a stored adapter of any method to its running base, and analyse what it changes there.
 
@@ -61,8 +60,8 @@ def analyze_attached(
     ----------
     base : Base
     adapter : ForeignAdapter
-    out, options, progress, sibling
-        As of ``analyze_against``.
+    out : str or Path, optional
+    execution : Execution
 
     Raises
     ------
@@ -71,11 +70,10 @@ def analyze_attached(
     """
     found = attach_adapter(base, adapter, name="analysed")
     try:
-        sides = Sides(identify_source(base.source), found.tuned, found.names, found.notes, found.whole)
-        path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": options.identity()})
-        return run_live(
-            found.attachment, path, sides, options=options, norms=base.norms, progress=progress, sibling=sibling
-        )
+        identity = identify_source(base.source)
+        sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.norms))
+        path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": execution.options.identity()})
+        return run_live(found.attachment, path, sides, execution)
     finally:
         found.attachment.detach()
 

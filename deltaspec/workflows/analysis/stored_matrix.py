@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence, measure
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixRecord, MatrixSource, Spectrum, WeightPair
-from deltaspec.workflows.shared.fill_run import Norms, work_of
+from deltaspec.workflows.shared.fill_run import work_of
 from deltaspec.workflows.shared.non_finite import locate
 
 
@@ -68,17 +68,17 @@ def memory_of(task: Task, options: AnalyzeOptions) -> int:
 
 
 def analyze_matrix(
-    task: Task, options: AnalyzeOptions, device: torch.device, *, norms: Norms | None = None
+    task: Task, device: torch.device, *, options: AnalyzeOptions, norms: Mapping[str, float] | None = None
 ) -> tuple[MatrixRecord, Spectrum]:
     """Decompose one matrix and measure it.
 
     Parameters
     ----------
     task : Task
-    options : AnalyzeOptions
     device : torch.device
-    norms : dict, optional
-        Norms of the base's matrices that earlier analyses needed; this one's is added.
+    options : AnalyzeOptions
+    norms : mapping of str to float, optional
+        Norms of the base's matrices, by key, that are known already.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def analyze_matrix(
         if task.spectrum_of != "delta":
             evidence, spectrum, note = _of_one(task, options, device)
         elif isinstance(pair.tuned, LowRankSource):
-            evidence, spectrum, note = _of_factors(pair, options, device, {} if norms is None else norms)
+            evidence, spectrum, note = _of_factors(pair, options, device, norms or {})
         else:
             evidence, spectrum, note = _of_delta(pair, options, device)
     except NumericalError as cause:
@@ -172,7 +172,7 @@ def _of_one(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[
 
 
 def _of_factors(
-    pair: WeightPair, options: AnalyzeOptions, device: torch.device, norms: Norms
+    pair: WeightPair, options: AnalyzeOptions, device: torch.device, norms: Mapping[str, float]
 ) -> tuple[Evidence, Spectrum, str]:
     """Decompose stored factors through QR, never formed densely."""
     assert isinstance(pair.tuned, LowRankSource)
@@ -180,8 +180,6 @@ def _of_factors(
     base_norm = norms.get(str(pair.key))
     if base_norm is None:
         base_norm = _norm_of(pair.base, device)
-    if base_norm is not None:
-        norms[str(pair.key)] = base_norm
     return Evidence(spectrum, base_norm=base_norm, unrounded=True), spectrum, ""
 
 

@@ -9,7 +9,6 @@ import torch
 
 from deltaspec.io.open import open_plain
 from deltaspec.types import Opened
-from deltaspec.workflows.shared.fill_run import Norms
 from deltaspec.workflows.shared.running_models import choose_dtype, describe_model, load_model, open_model
 
 
@@ -30,7 +29,7 @@ class Base:
     def __init__(self, ref: str | Path) -> None:
         self.ref = ref
         self.source: Opened = open_plain(ref)
-        self.norms: Norms = {}
+        self.norms: dict[str, float] = {}
         self._model: Any = None
 
     def run(self) -> Any:

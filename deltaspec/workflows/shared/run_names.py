@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from deltaspec.store.run import Run, unwritable
 
 
 def describe_environment() -> dict[str, Any]:
@@ -18,6 +22,20 @@ def describe_environment() -> dict[str, Any]:
         "versions": {**versions, "python": platform.python_version()},
         "machine": {"system": platform.platform(), "processor": platform.machine()},
     }
+
+
+@contextmanager
+def writing(run: Run) -> Iterator[None]:
+    """Turn what the system refuses to write into a run into the sentence that says so; RunError.
+
+    Parameters
+    ----------
+    run : Run
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise unwritable(run.path, cause) from cause
 
 
 def default_path(manifest: dict[str, Any]) -> Path:
