@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.cli.table import printable, table
-from deltaspec.store.adapter_report import AdapterReport, BudgetReport, MatrixReport
+from deltaspec.store.formats.adapter import AdapterReport, BudgetReport, FactorsRow
 
 SHOWN = 8
 INPUTS = """ on inputs: ‖(ΔW - BA)X‖/‖ΔW·X‖ over the inputs X of the calibration, which
@@ -39,9 +39,9 @@ def _render(report: AdapterReport, *, title: bool) -> str:
     return "\n\n".join(parts)
 
 
-def by_role(matrices: Sequence[MatrixReport]) -> list[dict[str, Any]]:
+def by_role(matrices: Sequence[FactorsRow]) -> list[dict[str, Any]]:
     """One row for each role: number of matrices, median rank, error and optimum, and the largest error."""
-    groups: defaultdict[str, list[MatrixReport]] = defaultdict(list)
+    groups: defaultdict[str, list[FactorsRow]] = defaultdict(list)
     for row in matrices:
         groups[row["role"]].append(row)
     rows = []

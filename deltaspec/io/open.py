@@ -14,7 +14,7 @@ from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file, tensor_reader
 from deltaspec.io import hub, kohya, peft, shards
 from deltaspec.io.quantised import attach_scales, check_config
-from deltaspec.types import Checkpoint, ForeignAdapter, Opened
+from deltaspec.types import Checkpoint, ForeignAdapter, Opened, SourceIdentity
 
 SUFFIXES = (".safetensors", *shards.PICKLED)
 CONVERT = "convert it to a Hugging Face folder with safetensors"
@@ -177,7 +177,7 @@ def fingerprint(source: Opened | ForeignAdapter) -> dict[str, str]:
     return {file.relative_to(source.root).as_posix(): _hash(file) for file in files}
 
 
-def identify_source(source: Opened | ForeignAdapter) -> dict[str, Any]:
+def identify_source(source: Opened | ForeignAdapter) -> SourceIdentity:
     """Say which files a source is, for a manifest: what was asked for, revision, fingerprints, times of modification.
 
     Fingerprints are samples, so times are kept too: an edit between samples is not missed.

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from deltaspec.errors import RunError
 from deltaspec.files import json_file, tensor_reader
 from deltaspec.files.atomic import unwritten, whole_folder, write_whole
 from deltaspec.files.tensor_writer import write_tensors
+from deltaspec.store.formats.training import MetricsLine, Position, TrainingReport
 
 FORMAT = 1
 REPORT, METRICS, CHECKPOINTS, FINAL, RESUME = "train.json", "metrics.jsonl", "checkpoints", "final", "resume"
@@ -33,10 +34,17 @@ class Folder:
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
-        self.report: dict[str, Any] = {}
+        self.report: TrainingReport
 
-    def begin(self, identity: dict[str, Any], *, overwrite: bool) -> None:
+    def begin(self, identity: Mapping[str, object], *, overwrite: bool) -> None:
         """Start a training, or go on with the same one; ``report`` is what stands in train.json.
+
+        Parameters
+        ----------
+        identity : mapping
+            What TrainingIdentity says.
+        overwrite : bool
+            Start again where the folder holds a training.
 
         Raises
         ------
@@ -64,7 +72,7 @@ class Folder:
         except OSError as cause:
             raise unwritten(self.path, cause) from cause
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> TrainingReport | None:
         """Return train.json, or None where nothing has begun."""
         file = self.path / REPORT
         if not file.exists():
@@ -80,15 +88,15 @@ class Folder:
             if _is_ours(path):  # the report first: what a kill leaves of the rest is then no training
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def write(self, report: dict[str, Any]) -> None:
-        """Write train.json."""
-        self.report = report
+    def write(self, report: Mapping[str, object]) -> None:
+        """Write train.json; ``report`` is what TrainingReport says."""
+        self.report = cast("TrainingReport", report)
         if not self.writes:
             return
         write_whole(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+    def log(self, line: Mapping[str, object]) -> None:
+        """Add a line to metrics.jsonl: what MetricsLine says."""
         if not self.writes:
             return
         try:
@@ -97,7 +105,7 @@ class Folder:
         except OSError as cause:
             raise unwritten(self.path / METRICS, cause) from cause
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[MetricsLine]:
         """Read the lines of metrics.jsonl; one that a kill cut off is left out."""
         return list(read_metrics(self.path))
 
@@ -108,17 +116,17 @@ class Folder:
         kept = [line for line in self.metrics() if step is not None and line["step"] <= step]
         write_whole(self.path / METRICS, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
-    def newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def newest(self) -> tuple[Position, dict[str, Tensor]] | None:
         """Read the position and state of the newest checkpoint that training can go on from."""
         places = sorted((self.path / CHECKPOINTS).glob(f"step-*/{RESUME}/{POSITION}"))
         if not places:
             return None
         position = json_file.read_json(places[-1])
         specs, _ = tensor_reader.list_tensors(places[-1].with_name(STATE))
-        return position, {name: tensor_reader.load_tensor(spec) for name, spec in specs.items()}
+        return cast("Position", position), {name: tensor_reader.load_tensor(spec) for name, spec in specs.items()}
 
     def checkpoint(
-        self, step: int, save: Callable[[Path], None], state: Mapping[str, Tensor], position: dict[str, Any]
+        self, step: int, save: Callable[[Path], None], state: Mapping[str, Tensor], position: Mapping[str, object]
     ) -> None:
         """Write a checkpoint under a temporary name, rename it, then drop the states of earlier ones."""
         if not self.writes:
@@ -143,7 +151,7 @@ class Folder:
                 shutil.rmtree(place, ignore_errors=True)
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> TrainingReport:
     """Read a training folder's train.json.
 
     Raises
@@ -156,7 +164,7 @@ def read_report(path: Path) -> dict[str, Any]:
         message = f"'{path}' is no training folder (it has no {REPORT}): pass what `deltaspec train -o` wrote."
         raise RunError(message)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: TrainingReport = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         message = f"{file} cannot be read ({cause}): train again with --overwrite."
         raise RunError(message) from cause
@@ -166,7 +174,7 @@ def read_report(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path) -> Iterator[MetricsLine]:
     """Yield the lines of a training folder's metrics.jsonl, but for one that a kill cut off."""
     file = path / METRICS
     if not file.exists():
@@ -183,7 +191,7 @@ def _is_ours(path: Path) -> bool:
     )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     for name in sorted(new.keys() - UNLIKE):
         before, after = old.get(name), new[name]
         if isinstance(before, dict) and isinstance(after, dict):

@@ -5,6 +5,7 @@ Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F
 """
 
 from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
+from deltaspec.types.identity import PlainFields, SkippedTensor, SourceIdentity, WeightedSource
 from deltaspec.types.notes import Note, NoteKind
 from deltaspec.types.progress import Step
 from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectrum, Truncation
@@ -41,12 +42,16 @@ __all__ = [
     "Note",
     "NoteKind",
     "Opened",
+    "PlainFields",
     "Rounding",
     "Shape",
+    "SkippedTensor",
+    "SourceIdentity",
     "Spectrum",
     "Step",
     "TensorSpec",
     "Truncation",
     "View",
     "WeightPair",
+    "WeightedSource",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from deltaspec.types.identity import SkippedTensor
+
 
 class NoteKind(StrEnum):
     """What a note is about."""
@@ -34,6 +36,6 @@ class Note:
         """Print as its text."""
         return self.text
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> SkippedTensor:
         """Return the row that reports list of a tensor left out: ``tensor`` and ``reason``."""
         return {"tensor": self.tensor, "reason": self.text}

@@ -37,8 +37,8 @@ class Sides:
     ``norms`` are those of the base's matrices, by key, that are known already.
     """
 
-    base: dict[str, Any]
-    tuned: dict[str, Any]
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)

@@ -12,6 +12,7 @@ from typing import Any
 from deltaspec.errors import CheckpointError, DeltaspecError, OptionError, PairingError
 from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
+from deltaspec.store.formats.run import TrajectoryContent
 from deltaspec.store.run import Run
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import Step
@@ -62,7 +63,7 @@ def trajectory(
         message = "There is no checkpoint to analyse: pass one or more, or a training folder."
         raise OptionError(message)
     opened = Base(base)
-    manifest = {
+    manifest: TrajectoryContent = {
         "base": identify_source(opened.source),
         "options": options.identity(),
         "deltaspec": version("deltaspec"),
@@ -121,7 +122,7 @@ def _add(past: Step, step: Step, *, ahead: int) -> Step:
     )
 
 
-def _default_path(manifest: dict[str, Any], checkpoints: Sequence[str | Path]) -> Path:
+def _default_path(manifest: TrajectoryContent, checkpoints: Sequence[str | Path]) -> Path:
     """Name the folder after base and training, the same as more checkpoints come."""
     first = Path(checkpoints[0])
     place = first if len(checkpoints) == 1 else first.parent

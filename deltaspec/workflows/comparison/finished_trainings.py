@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Trained:
     """One finished training: its folder, report and label."""
 
     folder: Path
-    report: dict[str, Any]
+    report: Mapping[str, Any]
     label: str
 
     @property
@@ -55,7 +55,7 @@ def open_trainings(folders: Sequence[str | Path]) -> list[Trained]:
     if not folders:
         message = "There is no training to compare: pass one or more training folders."
         raise OptionError(message)
-    found: list[tuple[Path, dict[str, Any]]] = []
+    found: list[tuple[Path, Mapping[str, Any]]] = []
     for ref in folders:
         folder, report = _open(Path(ref).expanduser())
         if any(folder.resolve() == other.resolve() for other, _ in found):
@@ -75,7 +75,7 @@ def open_trainings(folders: Sequence[str | Path]) -> list[Trained]:
     return [Trained(folder, report, label) for (folder, report), label in zip(found, labels, strict=True)]
 
 
-def _check_data(found: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+def _check_data(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
     """Refuse trainings whose held-out data are not of one kind: what they learned cannot be compared."""
     first, wanted = found[0][0], _name_data(found[0][1]["data"])
     for folder, report in found[1:]:
@@ -119,7 +119,7 @@ def open_base(trainings: Sequence[Trained]) -> Base:
     return base
 
 
-def _open(folder: Path) -> tuple[Path, dict[str, Any]]:
+def _open(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     report = read_report(folder)
     if "runs" in report and report.get("best"):
         folder = folder / str(report["best"])
@@ -133,7 +133,7 @@ def _open(folder: Path) -> tuple[Path, dict[str, Any]]:
     return folder, report
 
 
-def make_labels(reports: Sequence[dict[str, Any]]) -> list[str]:
+def make_labels(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name each training by its method, and by what tells it from others of that method, but for the seed.
 
     Values that are the options' own go without saying, but for ranks; what the loop did is said where options do not
@@ -148,7 +148,7 @@ def make_labels(reports: Sequence[dict[str, Any]]) -> list[str]:
     return labels
 
 
-def _unlike(report: dict[str, Any], reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _unlike(report: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     peers = [other for other in reports if other["method"] == report["method"]]
     usual = asdict(METHODS[report["method"]].options()) | asdict(TargetOptions())
     for place in ("method_options", "targets"):
@@ -157,5 +157,5 @@ def _unlike(report: dict[str, Any], reports: Sequence[dict[str, Any]]) -> Iterat
                 yield name if value is True else f"{'r' if name == 'rank' else name}={value}"
 
 
-def _differ(reports: Sequence[dict[str, Any]], place: str, name: str) -> bool:
+def _differ(reports: Sequence[Mapping[str, Any]], place: str, name: str) -> bool:
     return any(report[place].get(name) != reports[0][place].get(name) for report in reports)

@@ -12,7 +12,7 @@ from deltaspec.extraction.factors import block_diagonal, pad
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_writer import PeftForm, write_adapter
-from deltaspec.store.adapter_report import AdapterReport
+from deltaspec.store.formats.adapter import AdapterReport
 from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
 from deltaspec.workflows.extraction.certificate import Written, write_report
 from deltaspec.workflows.extraction.factorise_matrix import name_factors

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -22,7 +21,8 @@ from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import BUDGETS, ExtractOptions, RankOptions
-from deltaspec.store.adapter_report import BudgetReport
+from deltaspec.store.formats.adapter import BudgetReport
+from deltaspec.store.formats.piece import SpectrumRow
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.run import Run
 from deltaspec.types import LowRankSource, MatrixSource, ModulePair
@@ -31,12 +31,6 @@ from deltaspec.workflows.extraction.fill_pieces import fill_pieces
 from deltaspec.workflows.extraction.nouns import Sources, Spending
 from deltaspec.workflows.shared.non_finite import locate
 from deltaspec.workflows.shared.workers import Workers
-
-
-class SpectrumRow(TypedDict):
-    """What the piece of a spectrum says beside its values: ‖W‖²."""
-
-    base_energy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +83,11 @@ def _spectrum(job: Job, device: torch.device) -> tuple[SpectrumRow, dict[str, Te
 def _from_run(sources: Sources, path: str) -> dict[str, Known]:
     """Take what a run knows, after checking that it compares the same files."""
     run = Run.load(path)
-    for side, source in (("base", sources.base), ("tuned", sources.tuned)):
-        if run.manifest[side]["files"] != fingerprint(source):
+    known = (("base", run.manifest["base"], sources.base), ("tuned", run.manifest["tuned"], sources.tuned))
+    for side, analysed, source in known:
+        if analysed["files"] != fingerprint(source):
             message = (
-                f"{run.path} analysed another {side} ({run.manifest[side]['ref']}, not {source.ref}): analyse these "
+                f"{run.path} analysed another {side} ({analysed['ref']}, not {source.ref}): analyse these "
                 "two, or leave --run out."
             )
             raise RunError(message)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deltaspec.io.staging import Staging
-from deltaspec.store.adapter_report import AdapterReport, MatrixRow
+from deltaspec.store.formats.adapter import AdapterReport
+from deltaspec.store.formats.piece import MatrixRow
 from deltaspec.store.pieces import Pieces
 from deltaspec.workflows.extraction.adapter_folder import write_adapters
 from deltaspec.workflows.extraction.budget_ranks import spend

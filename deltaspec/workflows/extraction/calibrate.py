@@ -15,7 +15,7 @@ from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import CalibrateOptions
 from deltaspec.pairing.names import natural_order
-from deltaspec.types import Checkpoint, Step
+from deltaspec.types import Checkpoint, SourceIdentity, Step
 from deltaspec.workflows.extraction.layer_inputs import Layer, LayerSums, find_aliases, find_layers, listening
 from deltaspec.workflows.shared.running_models import (
     ModelKind,
@@ -101,7 +101,7 @@ def calibrate(
     return open_moments(out)
 
 
-def _open(model: str, text: Path, options: CalibrateOptions) -> tuple[Reading, dict[str, Any]]:
+def _open(model: str, text: Path, options: CalibrateOptions) -> tuple[Reading, SourceIdentity]:
     """Open the model and tokenise the text; return also all that is known of the model's files."""
     device = resolve_devices(options.text.device)[0]
     checkpoint = open_model(model)

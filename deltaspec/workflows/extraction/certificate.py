@@ -11,18 +11,13 @@ from pathlib import Path
 
 from deltaspec.files.tensor_reader import list_tensors
 from deltaspec.io.peft_layout import lay_out
-from deltaspec.store.adapter_report import (
-    FORMAT,
-    VERSION,
-    AdapterReport,
-    MatrixReport,
-    MatrixRow,
-    NotCarried,
-    ReportTotals,
-)
+from deltaspec.store.formats.adapter import AdapterReport, AdapterTotals, FactorsRow, NotCarried
+from deltaspec.store.formats.piece import MatrixRow
 from deltaspec.types import AdapterModule, NoteKind
 from deltaspec.workflows.extraction.model_card import render_card
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
+
+FORMAT, VERSION = "deltaspec-adapter", 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +100,7 @@ def _grown(assembly: Assembly, whole: Sequence[str]) -> dict[str, int]:
     return {n: s.shape[0] for n, s in tensors.items() if n in base and s.shape[:1] > base[n].shape[:1]}
 
 
-def _flatten(row: MatrixRow, label: str) -> MatrixReport:
+def _flatten(row: MatrixRow, label: str) -> FactorsRow:
     """One matrix's row with its results for one adapter."""
     kept = {name: value for name, value in row.items() if name not in ("results", "wanted", "seconds")}
     return {**kept, **row["results"][label]}  # type: ignore[typeddict-item]
@@ -129,7 +124,7 @@ def _list_left(written: Written, total: float) -> list[NotCarried]:
     return rows
 
 
-def _totals(assembly: Assembly, matrices: Sequence[MatrixReport], written: Written) -> ReportTotals:
+def _totals(assembly: Assembly, matrices: Sequence[FactorsRow], written: Written) -> AdapterTotals:
     energy = sum(row["energy"] for row in matrices)
     lost = sum(row["energy"] * row["error"] ** 2 for row in matrices)
     best = sum(row["energy"] * row["optimum"] ** 2 for row in matrices)

@@ -21,8 +21,8 @@ from deltaspec.options import ExtractOptions
 from deltaspec.pairing.flattened import is_flattened, resolve_flattened
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
-from deltaspec.store.adapter_report import AdapterReport, Provenance
-from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec
+from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
+from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec, WeightedSource
 from deltaspec.workflows.extraction.build_adapters import build_adapters
 from deltaspec.workflows.extraction.nouns import Extraction, Finished, Leftover, Rest, Sources
 from deltaspec.workflows.extraction.sources import resolve_dtype
@@ -91,14 +91,16 @@ def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | N
     named, plan = _open_base(base), Plan()
     indexes = [_open(path, named, plan) for path, _ in adapters]
     total = sum_adapters(indexes, [weight for _, weight in adapters])
-    made = [{"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)]
+    made: list[WeightedSource] = [
+        {"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)
+    ]
     model = named or _base_of(indexes, total)
     for note in total.notes:
         plan.note(note)
     dtype = resolve_dtype(options.form.dtype, total.modules)
     sources = Sources(model, indexes[0], plan, total.modules, {}, dtype, options.form.target)
     options = replace(options, form=replace(options.form, extras="all" if options.form.target == "peft" else "none"))
-    identity: Provenance = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
+    identity: ExtractionIdentity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
     loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
     return _Added(indexes, named, total, Extraction(sources, options, identity, loader=loader))
 

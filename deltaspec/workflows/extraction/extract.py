@@ -13,7 +13,7 @@ from deltaspec.io.moments import Moments, open_moments
 from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
-from deltaspec.store.adapter_report import AdapterReport, Provenance
+from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
 from deltaspec.types import Step
 from deltaspec.workflows.extraction.build_adapters import build_adapters
 from deltaspec.workflows.extraction.leftovers import measure_rest
@@ -73,15 +73,15 @@ def _open(base: str | Path, tuned: str | Path, options: ExtractOptions) -> Extra
     """Open both sides, and the second moments where there are any."""
     sources = open_sources(base, tuned, options)
     moments = open_moments(Path(options.calibration)) if options.calibration else None
-    identity: Provenance = {
-        "base": identify_source(sources.base),
-        "tuned": identify_source(sources.tuned),
+    first, second = identify_source(sources.base), identify_source(sources.tuned)
+    identity: ExtractionIdentity = {
+        "base": first,
+        "tuned": second,
         "options": {**options.identity(), "calibration": _digest(options.calibration)},
         "deltaspec": version("deltaspec"),
     }
     if moments:
-        known = [identity["base"]["files"], identity["tuned"]["files"]]
-        _check_moments(moments, sources, known)
+        _check_moments(moments, sources, [first["files"], second["files"]])
     return Extraction(sources, options, identity, moments)
 
 

@@ -21,7 +21,7 @@ from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.truncated import truncate, truncate_product
 from deltaspec.options import RankOptions
 from deltaspec.spectra.noise import edge_of_rounding
-from deltaspec.store.adapter_report import LabelResult, MatrixRow
+from deltaspec.store.formats.piece import LabelRow, MatrixRow
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, Truncation, WeightPair
 from deltaspec.workflows.shared.non_finite import locate
 
@@ -100,7 +100,7 @@ def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[Matri
         "role": key.role,
         "depth": key.depth,
         "expert": key.expert,
-        "shape": job.pair.shape,
+        "shape": list(job.pair.shape),
         "energy": made.energy,
         "method": made.method,
         "excess": made.excess,
@@ -120,7 +120,7 @@ class _Made:
     energy: float
     method: str
     excess: float
-    results: dict[str, LabelResult]
+    results: dict[str, LabelRow]
     factors: dict[str, Factors]
     base_energy: float | None = None
     rounding_share: float | None = None
@@ -180,7 +180,7 @@ def _of_factors(job: Job, ranks: RankOptions, device: torch.device) -> _Made:
     return _Made(found.energy, found.method, found.excess, _results(found, chosen, errors), pairs, base_energy)
 
 
-def _results(found: Truncation, ranks: dict[str, int], errors: dict[str, float]) -> dict[str, LabelResult]:
+def _results(found: Truncation, ranks: dict[str, int], errors: dict[str, float]) -> dict[str, LabelRow]:
     return {
         label: {"rank": rank, "error": errors[label], "optimum": optimum(found, rank)} for label, rank in ranks.items()
     }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from deltaspec.store.adapter_report import AdapterReport
+from deltaspec.store.formats.adapter import AdapterReport
 
 NOISY = 0.1  # share of ‖ΔW‖² from which rounding is spoken of
 

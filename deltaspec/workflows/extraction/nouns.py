@@ -12,7 +12,8 @@ from torch import Tensor
 from deltaspec.io.moments import Moments
 from deltaspec.options import ExtractOptions
 from deltaspec.pairing.plan import Plan
-from deltaspec.store.adapter_report import BudgetReport, MatrixRow, Provenance
+from deltaspec.store.formats.adapter import BudgetReport, ExtractionIdentity
+from deltaspec.store.formats.piece import MatrixRow
 from deltaspec.store.pieces import Pieces
 from deltaspec.types import Checkpoint, ModulePair, NoteKind, Opened, TensorSpec
 
@@ -46,7 +47,7 @@ class Extraction:
     ----------
     sources : Sources
     options : ExtractOptions
-    identity : Provenance
+    identity : ExtractionIdentity
         What the adapters are made from, for their reports.
     moments : Moments, optional
         Second moments of the layers' inputs.
@@ -56,7 +57,7 @@ class Extraction:
 
     sources: Sources
     options: ExtractOptions
-    identity: Provenance
+    identity: ExtractionIdentity
     moments: Moments | None = None
     loader: dict[str, Any] | None = None
 

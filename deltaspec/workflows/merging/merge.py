@@ -16,10 +16,11 @@ from deltaspec.files.atomic import whole_file
 from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
+from deltaspec.store.formats.adapter import MergeIdentity
 from deltaspec.types import AdapterIndex, Checkpoint, Step
 from deltaspec.workflows.merging.checkpoint_writer import Files, Rewrite, lay_out, write_beside, write_files
 from deltaspec.workflows.merging.collect_changes import collect_changes
-from deltaspec.workflows.merging.report import MergeFacts, MergeReport
+from deltaspec.workflows.merging.report import MergeReport
 
 Given = str | Path | tuple[str | Path, float]
 Addend = tuple[AdapterIndex, float]
@@ -79,7 +80,7 @@ def _list_files(base: Checkpoint, adapters: Sequence[Addend]) -> list[Path]:
     return [place for side in sides for place in (side.root, *side.files)]
 
 
-def _describe(base: Checkpoint, adapters: Sequence[Addend], dtype: str) -> MergeFacts:
+def _describe(base: Checkpoint, adapters: Sequence[Addend], dtype: str) -> MergeIdentity:
     return {
         "kind": "merge",
         "base": identify_source(base),
@@ -129,7 +130,7 @@ def _is_there(text: str) -> bool:
         return False
 
 
-def _identity(facts: MergeFacts) -> dict[str, Any]:
+def _identity(facts: MergeIdentity) -> dict[str, Any]:
     """Leave out what the user happened to call the inputs."""
     text = json.dumps(facts)
     return json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k != "ref"})  # type: ignore[no-any-return]

@@ -7,40 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.merging.apply import Loss
+from deltaspec.store.formats.adapter import MergedReport, MergedSums, MergeIdentity, MergeLoss
 from deltaspec.types import MatrixKey, Shape
 
 MUCH = 0.05  # a total loss above which serving the adapter unmerged is worth its cost
-
-
-class MergeRow(TypedDict):
-    """One changed matrix or vector in JSON; ``update`` and ``error`` are squared norms, see Loss."""
-
-    tensor: str
-    part: str
-    role: str
-    depth: int | None
-    expert: int | None
-    stack: str
-    shape: list[int]
-    dtype: str
-    update: float
-    error: float
-    unchanged: int
-    elements: int
-
-
-class MergeFacts(TypedDict):
-    """What was merged; base and adapters as ``io.open.identify_source`` has them, adapters with their weight."""
-
-    kind: str
-    base: dict[str, Any]
-    adapters: list[dict[str, Any]]
-    dtype: str
-    deltaspec: str
 
 
 class RoleLoss(TypedDict):
@@ -62,12 +36,12 @@ class MergedMatrix:
     dtype: str
     loss: Loss
 
-    def to_dict(self) -> MergeRow:
+    def to_dict(self) -> MergedSums:
         """Return it as plain data."""
         return {**asdict(self.key), "shape": list(self.shape), "dtype": self.dtype, **asdict(self.loss)}  # type: ignore[typeddict-item]
 
     @classmethod
-    def from_dict(cls, row: MergeRow) -> MergedMatrix:
+    def from_dict(cls, row: MergedSums) -> MergedMatrix:
         """Take it from plain data; KeyError where a field is missing."""
         place = (row["tensor"], row["part"], row["role"], row["depth"], row["expert"], row["stack"])
         loss = Loss(row["update"], row["error"], row["unchanged"], row["elements"])
@@ -82,13 +56,13 @@ class MergeReport:
     ----------
     path : Path
         The merged checkpoint.
-    facts : MergeFacts
+    facts : MergeIdentity
     rows : tuple of MergedMatrix
     notes : tuple of str
     """
 
     path: Path
-    facts: MergeFacts
+    facts: MergeIdentity
     rows: tuple[MergedMatrix, ...]
     notes: tuple[str, ...]
 
@@ -115,7 +89,7 @@ class MergeReport:
             "fp32, to keep it."
         )
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> MergedReport:
         """Everything as plain data: what ``deltaspec.json`` of a merged checkpoint holds."""
         return {
             **self.facts,
@@ -126,7 +100,7 @@ class MergeReport:
         }
 
 
-def _shares(loss: Loss) -> dict[str, float | None]:
+def _shares(loss: Loss) -> MergeLoss:
     return {"relative_loss": loss.relative, "unchanged_fraction": loss.unchanged_share}
 
 

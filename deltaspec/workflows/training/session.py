@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError, OptionError
+from deltaspec.store.formats.training import TrainingReport
 from deltaspec.store.training_folder import Folder, read_report
 from deltaspec.training.data.examples import Batches, padding
 from deltaspec.training.loop.resume import pack_state, unpack_state, unpack_trained
@@ -60,7 +61,7 @@ class Training:
         self.measure = Measure(plan, self.model, accelerator)
         self.progress: Callable[[Tick], None] | None = None
 
-    def run(self, progress: Callable[[Tick], None] | None) -> dict[str, Any]:
+    def run(self, progress: Callable[[Tick], None] | None) -> TrainingReport:
         """Train to the end, and return the report; NumericalError where memory runs out or a loss is no number."""
         loop, found = self.plan.recipe.loop, self.accelerator
         _reset_peak(found.device)
@@ -141,7 +142,7 @@ class Training:
         self.folder.checkpoint(step, lambda place: save_trained(place, self.trained, self.plan), packed, position)
         self.accelerator.wait_for_everyone()
 
-    def _end(self, total: int) -> dict[str, Any]:
+    def _end(self, total: int) -> TrainingReport:
         """Measure and save what has come out, and report."""
         self._evaluate(total, kept=True)
         self._gather()
@@ -166,7 +167,8 @@ class Training:
 
     def _results(self, total: int) -> dict[str, Any]:
         lines = self.folder.metrics()
-        learned, kept = ([line[key] for line in lines if key in line] for key in ("eval", "forget"))
+        learned = [line["eval"] for line in lines if "eval" in line]
+        kept = [line["forget"] for line in lines if "forget" in line]
         metric = next(iter(kept[0])) if kept and len(kept[0]) == 1 else "perplexity"
         return {
             "learned": {**learned[-1], "before": learned[0]} if learned else None,

@@ -9,6 +9,7 @@ from typing import Any
 
 from deltaspec.errors import NumericalError, OptionError
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
+from deltaspec.store.formats.training import TrainingReport
 from deltaspec.store.training_folder import Folder
 from deltaspec.training.loop.steps import Tick
 from deltaspec.workflows.training.plan import Plan, Recipe, Sets, make_plan
@@ -33,7 +34,7 @@ def train(
     rates: Sequence[float] = (),
     overwrite: bool = False,
     progress: Callable[[Tick], None] | None = None,
-) -> dict[str, Any]:
+) -> TrainingReport:
     """Fine-tune a model into a training folder, or go on with one that was stopped.
 
     Parameters
@@ -99,7 +100,7 @@ def train(
 
 def _train_rates(
     plan: Plan, out: Path, rates: Sequence[float], *, overwrite: bool, progress: Callable[[Tick], None] | None
-) -> dict[str, Any]:
+) -> TrainingReport:
     """Train with each rate, and name the one with the best held-out metric; one that diverges does not end the rest."""
     if plan.held is None:
         message = "--lr names several rates, and the best is told by held-out data: pass --holdout or --eval-data."
@@ -130,7 +131,7 @@ def _badness(learned: dict[str, Any]) -> tuple[float, float]:
     return (learned["perplexity"] if "perplexity" in learned else -learned["accuracy"], learned["loss"])
 
 
-def _train_one(plan: Plan, out: Path, *, overwrite: bool, progress: Callable[[Tick], None] | None) -> dict[str, Any]:
+def _train_one(plan: Plan, out: Path, *, overwrite: bool, progress: Callable[[Tick], None] | None) -> TrainingReport:
     """Train with one rate, from the newest checkpoint if there is one."""
     with accelerated(plan.recipe.run, seed=plan.recipe.loop.seed) as accelerator:
         folder = _open(plan, out, accelerator, overwrite=overwrite)
