@@ -117,7 +117,13 @@ def _refuse_equal(extraction: Extraction, rows: Finished, rest: Rest) -> None:
 
 
 def default_folder(tuned: str | Path, options: ExtractOptions) -> Path:
-    """Name an adapter's folder after the tuned model and the policy."""
+    """Name an adapter's folder after the tuned model and the policy.
+
+    Examples
+    --------
+    >>> default_folder("owner/name@main", ExtractOptions()).as_posix()
+    'adapters/name-rank-16'
+    """
     name = str(tuned).rstrip("/").split("/")[-1].split("@")[0] or "model"
     labels = options.ranks.labels()
     return Path("adapters") / f"{name}-{next(iter(labels)) if len(labels) == 1 else options.ranks.policy + 's'}"

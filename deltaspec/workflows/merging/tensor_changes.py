@@ -39,9 +39,19 @@ class TensorChange:
 
 @dataclass(slots=True)
 class TensorChanges:
-    """By tensor of the result; ``added`` are tensors that the base lacks, ``vocabulary`` its old and new size.
+    """What becomes of a base.
 
-    ``untied`` says that a head was added to a base that uses its embedding for it: whole, or as a change of it.
+    Attributes
+    ----------
+    tensors : dict of TensorChange
+        By name in the result.
+    added : dict of TensorSpec
+        Tensors that the base lacks.
+    notes : list of Note
+    vocabulary : (old, new), optional
+        Its sizes, where it grows.
+    untied : bool
+        A head was added to a base that uses its embedding for it: whole, or as a change of it.
     """
 
     tensors: dict[str, TensorChange] = field(default_factory=dict)

@@ -45,7 +45,13 @@ T = TypeVar("T", bound=Item)
 
 
 def work_of(shape: tuple[int, int]) -> int:
-    """Multiply-adds of a decomposition up to a constant: long · side², as the Gram matrix costs."""
+    """Multiply-adds of a decomposition up to a constant: long · side², as the Gram matrix costs.
+
+    Examples
+    --------
+    >>> work_of((30, 10)) == work_of((10, 30)) == 3000
+    True
+    """
     return max(shape) * min(shape) ** 2
 
 

@@ -139,7 +139,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; ``auto`` is the one that most weights are stored in, fp32 at most."""
+    """Return the dtype to compute in.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    choice : str
+        bf16, fp16 or fp32; ``auto`` is the dtype that most weights are stored in, fp32 at most; fp32 on the CPU for
+        fp16, which is thirty times slower there.
+    device : torch.device
+    """
     if choice != "auto":
         return OPTIONS[choice].torch
     sizes: Counter[str] = Counter()
@@ -222,7 +231,18 @@ def _check_missing(names: Collection[str], checkpoint: Checkpoint, kind: ModelKi
 
 
 def run_model(model: Any, batch: Batch, *, device: torch.device) -> Any:
-    """Run a model on one batch; an encoder-decoder model is made to repeat its input."""
+    """Run a model on one batch; an encoder-decoder model is made to repeat its input.
+
+    Returns
+    -------
+    transformers.ModelOutput
+        ``logits``, (n, length, outcomes) or (n, classes), or without a head ``last_hidden_state``, (n, length, d).
+
+    Raises
+    ------
+    NumericalError
+        If it runs out of memory on the device.
+    """
     ids = batch.ids.to(device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:

@@ -10,7 +10,13 @@ from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
 
 
 def read_weight(spec: TensorSpec) -> Tensor:
-    """Read a whole tensor as stored, mapped from its file, or in float32 where a scale dequantises it."""
+    """Read a whole tensor as stored, mapped from its file, or in float32 where a scale dequantises it.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
     if spec.scale is None:
         return read_tensor(spec)
     experts = range(spec.shape[0]) if len(spec.shape) == 3 else (None,)
@@ -20,6 +26,12 @@ def read_weight(spec: TensorSpec) -> Tensor:
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint under the names of its files; nearly all stay mapped."""
+    """Read all tensors of a checkpoint under the names of its files, aliases included; nearly all stay mapped.
+
+    Raises
+    ------
+    CheckpointError
+        If one cannot be read.
+    """
     state = {name: read_weight(spec) for name, spec in checkpoint.tensors.items()}
     return state | {alias: state[name] for alias, name in checkpoint.aliases.items() if name in state}

@@ -19,8 +19,8 @@ from deltaspec.options import TextOptions
 Tokens = tuple[list[int], int]  # token ids, and the text line that they begin at
 
 
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer of transformers."""
+class SingleTokenizer(Protocol):
+    """What is asked of a tokenizer of transformers that gets one text at a time."""
 
     model_max_length: int
     eos_token_id: int | None
@@ -82,7 +82,7 @@ def digest(path: Path) -> str:
         raise CheckpointError(message) from cause
 
 
-def make_batches(text: Text, tokenizer: Tokenizer, intake: Intake) -> list[Batch]:
+def make_batches(text: Text, tokenizer: SingleTokenizer, intake: Intake) -> list[Batch]:
     """Tokenise the beginning of a text file.
 
     Returns
@@ -132,7 +132,7 @@ def _check_ids(groups: dict[int, list[Tokens]], vocabulary: int) -> None:
 
 
 def _cut(
-    texts: Iterator[tuple[int, str]], tokenizer: Tokenizer, options: TextOptions, *, length: int
+    texts: Iterator[tuple[int, str]], tokenizer: SingleTokenizer, options: TextOptions, *, length: int
 ) -> Iterator[Tokens]:
     """One sequence a text, until the next one would exceed the limit."""
     total = 0
@@ -146,7 +146,7 @@ def _cut(
 
 
 def _pack(
-    texts: Iterator[tuple[int, str]], tokenizer: Tokenizer, options: TextOptions, *, length: int
+    texts: Iterator[tuple[int, str]], tokenizer: SingleTokenizer, options: TextOptions, *, length: int
 ) -> Iterator[Tokens]:
     """Sequences of ``length`` tokens across texts, until the limit; the last ones may be shorter."""
     waiting: list[tuple[int, int]] = []
