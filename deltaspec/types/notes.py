@@ -20,6 +20,7 @@ class NoteKind(StrEnum):
     WHOLE = "whole"  # an adapter holds a tensor whole, beside its factors
     ONE_SIDED = "one-sided"  # only one side has a tensor
     UNTOUCHED = "untouched"  # how much of the base an adapter leaves as it is
+    GROWN = "grown"  # rows of a vocabulary that only the tuned side has
     ADDED = "added"  # a tensor is new in the result
 
 

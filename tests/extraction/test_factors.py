@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaspec.errors import NumericalError
-from deltaspec.extraction.factors import (
-    balance,
-    block_diagonal,
-    cast_factors,
-    optimum,
-    pad,
-    product_error,
-    stored_errors,
-)
+from deltaspec.extraction.factor_errors import optimum, product_error, stored_errors
+from deltaspec.extraction.factors import balance, block_diagonal, cast_factors, pad
 from deltaspec.files.dtypes import GRIDS, OPTIONS
 from deltaspec.types import LowRankDelta, Truncation
 

@@ -114,7 +114,7 @@ class MergeLoss(TypedDict):
     unchanged_fraction: float | None
 
 
-class MergedRow(MergeLoss):
+class MergedSums(TypedDict):
     """One changed matrix or vector: its key, the dtype it is stored in, and the sums of its Loss."""
 
     tensor: str
@@ -131,14 +131,23 @@ class MergedRow(MergeLoss):
     elements: int
 
 
-class MergedReport(TypedDict):
-    """``deltaspec.json`` of a merged checkpoint."""
+class MergedRow(MergedSums, MergeLoss):
+    """One changed matrix or vector, with what its sums say."""
+
+
+class MergeIdentity(TypedDict):
+    """What was merged into what, and in which dtype it is stored."""
 
     kind: str
     base: SourceIdentity
     adapters: list[WeightedSource]
     dtype: str
     deltaspec: str
+
+
+class MergedReport(MergeIdentity):
+    """``deltaspec.json`` of a merged checkpoint."""
+
     total: MergeLoss
     remark: str
     notes: list[str]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from deltaspec.errors import CheckpointError, OptionError
+from deltaspec.io.data_rows import read_rows
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.rows import read_rows
 
 RULE = re.compile(r"(?P<field>.+?)\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<number>[-+]?[0-9.]+(e[-+]?[0-9]+)?)", re.I)
 SIGNS = {

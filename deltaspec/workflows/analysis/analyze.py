@@ -138,8 +138,7 @@ def analyze_against(
         As of ``analyze``.
     execution : Execution
     """
-    options = execution.options
-    second = open_source(tuned)
+    options, second = execution.options, open_source(tuned)
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             analyze_attached,  # training's rooms load for such adapters only

@@ -18,6 +18,7 @@ import torch
 from deltaspec.errors import PairingError
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.plan import Plan, chosen
+from deltaspec.store.formats.run import VectorRow
 from deltaspec.store.run import Run
 from deltaspec.training.methods import METHODS
 from deltaspec.training.methods.base_weights.own import BaseAttachment
@@ -150,7 +151,7 @@ def refuse_activations(method: str) -> None:
         raise PairingError(message)
 
 
-def _compare_vectors(attachment: Attachment) -> Iterator[dict[str, Any]]:
+def _compare_vectors(attachment: Attachment) -> Iterator[VectorRow]:
     """Yield the rows of the norms and biases that a method trains: the base's own, or those beside its matrices."""
     if isinstance(attachment, BaseAttachment):
         for name, trained in attachment.state().items():

@@ -12,8 +12,8 @@ from typing import Any
 from deltaspec.errors import CheckpointError, DeltaspecError, OptionError, PairingError
 from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
-from deltaspec.store.run import Run
 from deltaspec.store.formats.run import TrajectoryContent
+from deltaspec.store.run import Run
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import Step
 from deltaspec.workflows.analysis.analyze import analyze_against, plan_analysis

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,25 +12,26 @@ from deltaspec.extraction.factors import block_diagonal, pad
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_writer import PeftForm, write_adapter
+from deltaspec.store.formats.adapter import AdapterReport
 from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
-from deltaspec.workflows.extraction.certificate import write_report
+from deltaspec.workflows.extraction.certificate import Written, write_report
+from deltaspec.workflows.extraction.factorise_matrix import name_factors
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
 
-if TYPE_CHECKING:
-    pass
 
-
-def write_adapters(assembly: Assembly, folder: Path, *, labels: Mapping[str, float]) -> dict[str, Any]:
+def write_adapters(assembly: Assembly, folder: Path) -> dict[str, AdapterReport]:
     """Write one adapter into ``folder``, or one for each label into folders of their names; return the reports."""
+    labels = assembly.options.ranks.labels()
     reports = {}
     for label in labels:
         place = folder if len(labels) == 1 else folder / label
         place.mkdir(parents=True, exist_ok=True)
-        reports[label] = _write_one(assembly, place, label)
+        reports[label] = write_report(assembly, _write_one(assembly, place, label))
     return reports
 
 
-def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
+def _write_one(assembly: Assembly, folder: Path, label: str) -> Written:
+    """Write one adapter's weights and config, and say what is in it."""
     form = assembly.options.form
     with_bias = form.extras in ("bias", "all")
     ranks = _stored_ranks(assembly, label)
@@ -41,7 +40,7 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
     modules = [module for module in modules if module.rank]
     full = _whole_entries(assembly) if form.extras == "all" else []
     sources = assembly.sources
-    stored_as = PeftForm(sources.dtype, form.rslora, sources.heads, assembly.loader or {})
+    stored_as = PeftForm(sources.dtype, form.rslora, sources.heads, assembly.extraction.loader or {})
     refused = write_adapter(folder, modules, full, base=sources.base, form=stored_as)
     carried = {m.path for m in modules if m.read_bias and f"{m.path}.bias" not in refused and m.path not in refused}
     stored = {entry.name for entry in full} - refused.keys()
@@ -49,7 +48,7 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
     left += [_without(assembly, m, refused[m.path]) for m in assembly.changed if m.path in refused]
     left += [_without(assembly, m, "the policy gives it no direction") for m in assembly.changed if not ranks[m.path]]
     modules = [module for module in modules if module.path not in refused]
-    return write_report(assembly, folder, label=label, modules=modules, full=sorted(stored), left=left, refused=refused)
+    return Written(label, folder, modules, sorted(stored), left, refused)
 
 
 def _without(assembly: Assembly, module: ModulePair, reason: str) -> Leftover:
@@ -113,7 +112,7 @@ def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, T
     for pair in module.pairs:
         tensors = assembly.pieces.tensors(str(pair.key))
         empty = torch.zeros(0, pair.shape[1], dtype=dtype), torch.zeros(pair.shape[0], 0, dtype=dtype)
-        pairs.append(tuple(tensors.get(f"{label}.{n}", e) for n, e in zip(("lora_A", "lora_B"), empty, strict=True)))
+        pairs.append(tuple(tensors.get(n, e) for n, e in zip(name_factors(label), empty, strict=True)))
     if module.kind == "stack":
         rank = max(a.shape[0] for a, _ in pairs)
         padded = [pad(a, b, rank) for a, b in pairs]

@@ -90,7 +90,14 @@ def _unread() -> tuple[Tensor, Tensor]:
 
 
 def resolve_dtype(dtype: str, modules: Sequence[ModulePair]) -> str:
-    """Return the dtype of the factors; auto takes the tuned side's most frequent one, fp32 for wider and narrower."""
+    """Return the dtype of the factors: bf16, fp16 or fp32.
+
+    Parameters
+    ----------
+    dtype : str
+        One of these, or auto: the tuned side's most frequent one, fp32 for wider and narrower.
+    modules : sequence of ModulePair
+    """
     if dtype != "auto":
         return dtype
     kinds = Counter(stored_dtype(pair) for module in modules for pair in module.pairs)

@@ -13,7 +13,8 @@ from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import DeltaspecError
 from deltaspec.options import AnalyzeOptions
 from deltaspec.store.run import Run
-from deltaspec.types import MatrixKey, MatrixRecord, Spectrum, Step
+from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
+from deltaspec.workflows.shared.workers import Headway, OnStep
 
 
 class Item(Protocol):
@@ -44,7 +45,13 @@ T = TypeVar("T", bound=Item)
 
 
 def work_of(shape: tuple[int, int]) -> int:
-    """Multiply-adds of a decomposition up to a constant: long · side², as the Gram matrix costs."""
+    """Multiply-adds of a decomposition up to a constant: long · side², as the Gram matrix costs.
+
+    Examples
+    --------
+    >>> work_of((30, 10)) == work_of((10, 30)) == 3000
+    True
+    """
     return max(shape) * min(shape) ** 2
 
 
@@ -73,7 +80,7 @@ class Execution:
     """
 
     options: AnalyzeOptions
-    progress: Callable[[Step], None] | None = None
+    progress: OnStep | None = None
     sibling: Run | None = None
     devices: list[torch.device] = field(init=False)
 
@@ -107,23 +114,15 @@ def fill_run(
     todo = sorted((t for t in tasks if not run.has(t.key, t.store_key)), key=lambda t: -t.work)
     largest = max((8 * t.shape[0] * t.shape[1] for t in tasks), default=0)
     budget = execution.options.memory or 4 * largest + (48 << 20)
-    done = failed = work = weights = 0
-    total = sum(task.work for task in todo)
-
-    def report() -> None:
-        if execution.progress:
-            execution.progress(Step(done, len(todo), failed, work, total, weights))
-
-    report()
+    headway = Headway(len(todo), sum(task.work for task in todo), execution.progress)
+    headway.tell()
     for outcome in run_engine(todo, compute, devices=execution.devices, cost=cost, budget=budget):
         task = outcome.item
         if outcome.value is None:
             run.put_failure(task.key, task.store_key, _sentence(task, outcome.failure))
-            failed += 1
         else:
             run.put(*outcome.value)
-        done, work, weights = done + 1, work + task.work, weights + task.shape[0] * task.shape[1]
-        report()
+        headway.add(work=task.work, weights=task.shape[0] * task.shape[1], failed=outcome.value is None)
 
 
 def _sentence(task: Item, failure: Exception | None) -> str:

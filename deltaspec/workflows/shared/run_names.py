@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from deltaspec.store.formats.run import Environment
 from deltaspec.store.run import Run, unwritable
 
 
-def describe_environment() -> dict[str, Any]:
-    """Say which versions and machine computed a run, as its manifest does."""
+def describe_environment() -> Environment:
+    """Say which versions and machine compute here, as a run's manifest does."""
     versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
     return {
         "deltaspec": versions["deltaspec"],

@@ -19,7 +19,8 @@ from deltaspec.training.sites.attachment import Attachment, Group, fill, freeze
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.types import Checkpoint
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
-from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_model, read_state
+from deltaspec.workflows.shared.running_models import ModelKind, Weights, choose_dtype, load_model
+from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.training.count import choose_method_sites
 from deltaspec.workflows.training.plan import Plan
 
@@ -125,7 +126,7 @@ def _load(checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], **pla
     state, stored = read_state(checkpoint), checkpoint.config.get("id2label")
     if (tuple(stored.values()) if isinstance(stored, dict) else UNNAMED) != names:
         state = {name: tensor for name, tensor in state.items() if name not in head}
-    return load_model(checkpoint, kind, state=state, fresh=head | missing, **place), head | missing
+    return load_model(checkpoint, kind, Weights(state, head | missing), **place), head | missing
 
 
 def _free_head(model: nn.Module, head: dict[str, nn.Parameter]) -> None:

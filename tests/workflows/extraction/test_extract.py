@@ -325,7 +325,7 @@ def test_a_fine_tune_of_biases_or_norms_alone_is_an_adapter_too(name, extras, tm
     (report,) = extract(*pair, tmp_path / "out", options=options).values()
     assert report["totals"]["kept"] == pytest.approx(1)
     assert not report["not_carried"]
-    assert all(row["right"] for row in verify(*pair, tmp_path / "out", options=CPU).rest)
+    assert all(row.right for row in verify(*pair, tmp_path / "out", options=CPU).rest)
 
 
 def test_matrices_that_a_budget_leaves_out_are_listed_with_their_share(tmp_path):
