@@ -21,7 +21,7 @@ from deltaspec.training.loop.sharded import gather
 from deltaspec.training.sites.attachment import Group
 
 
-class Source(Protocol):
+class NumberedBatches(Protocol):
     """Batches by number, counted through all epochs; see data.Batches."""
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class Tick:
         return fields
 
 
-def count_steps(batches: Source, options: LoopOptions) -> int:
+def count_steps(batches: NumberedBatches, options: LoopOptions) -> int:
     """Return the steps of a training; the last one of its epochs may have fewer batches."""
     return options.steps or -(-options.epochs * len(batches) // options.accumulate)
 
@@ -82,7 +82,7 @@ def make_optimizer(groups: Sequence[Group], options: LoopOptions) -> torch.optim
 def run_loop(
     model: nn.Module,
     optimizer: Any,
-    batches: Source,
+    batches: NumberedBatches,
     options: LoopOptions,
     *,
     accelerator: Any,
@@ -94,7 +94,7 @@ def run_loop(
     Parameters
     ----------
     model, optimizer : as ``accelerator.prepare`` returned them
-    batches : Source
+    batches : NumberedBatches
     options : LoopOptions
     accelerator : accelerate.Accelerator
     start : int

@@ -21,7 +21,7 @@ from deltaspec.store.training_folder import FINAL
 from deltaspec.types import MatrixRecord, Step
 from deltaspec.workflows.analysis.analyze import analyze_against
 from deltaspec.workflows.analysis.weight_changes import Change, open_changes
-from deltaspec.workflows.comparison.finished_trainings import Trained
+from deltaspec.workflows.comparison.finished_trainings import FinishedTraining
 from deltaspec.workflows.shared.fill_run import work_of
 from deltaspec.workflows.shared.opened_base import Base
 
@@ -37,7 +37,7 @@ NOTHING: Row = dict.fromkeys(
 
 def measure_changes(
     base: Base,
-    trainings: Sequence[Trained],
+    trainings: Sequence[FinishedTraining],
     place: Path,
     *,
     options: CompareOptions,
@@ -82,7 +82,7 @@ def choose_records(run: Run) -> list[MatrixRecord]:
     return [record for record in inside or run.records if record.metrics["frobenius_norm"]]
 
 
-def choose_reference(trained: Trained, trainings: Sequence[Trained]) -> Trained | None:
+def choose_reference(trained: FinishedTraining, trainings: Sequence[FinishedTraining]) -> FinishedTraining | None:
     """Return the full fine-tuning that a training is compared with: of its seed if there is one, never itself.
 
     Full fine-tuning is compared with that of another seed, which says how far two of one kind agree.
@@ -170,7 +170,7 @@ def _overlaps(run: Run, other: Run, directions: int) -> list[tuple[float, float]
     return found
 
 
-def _summarise(run: Run, rows: list[Row], overlaps: list[tuple[float, float]], other: Trained | None) -> Row:
+def _summarise(run: Run, rows: list[Row], overlaps: list[tuple[float, float]], other: FinishedTraining | None) -> Row:
     changed = [record.metrics for record in choose_records(run)]
     ranks = ("relative_norm", "effective_rank", "rank_90")
 

@@ -16,7 +16,7 @@ from deltaspec.plots.tables import to_columns
 from deltaspec.types import Step
 from deltaspec.workflows.analysis.write_figures import check_formats, render_csv, render_figure, write_figure
 from deltaspec.workflows.comparison.change_measures import FIRST, measure_changes
-from deltaspec.workflows.comparison.finished_trainings import Trained, open_base, open_trainings
+from deltaspec.workflows.comparison.finished_trainings import FinishedTraining, open_base, open_trainings
 
 TABLE = "compare"
 FIGURES = {"learning": draw_learning, "change": draw_change}
@@ -68,7 +68,7 @@ def compare(
     return rows
 
 
-def describe(trained: Trained) -> dict[str, Any]:
+def describe(trained: FinishedTraining) -> dict[str, Any]:
     """Say what one training cost, learned and forgot."""
     report, results = trained.report, trained.report["results"]
     learned, forgotten = results.get("learned") or {}, results.get("forgotten") or {}

@@ -9,7 +9,7 @@ from torch import Tensor
 from deltaspec.training.data.examples import padding
 from deltaspec.training.measure.evaluate import evaluate
 from deltaspec.training.measure.probe import probe
-from deltaspec.workflows.training.plan import Plan
+from deltaspec.workflows.training.plan import TrainingPlan
 
 
 class Measure:
@@ -17,13 +17,13 @@ class Measure:
 
     Parameters
     ----------
-    plan : Plan
+    plan : TrainingPlan
     model : nn.Module
         As ``accelerator.prepare`` returned it.
     accelerator : accelerate.Accelerator
     """
 
-    def __init__(self, plan: Plan, model: Any, accelerator: Any) -> None:
+    def __init__(self, plan: TrainingPlan, model: Any, accelerator: Any) -> None:
         self.plan, self.model, self.accelerator = plan, model, accelerator
         self.pad = padding(plan.tokenizer)
 

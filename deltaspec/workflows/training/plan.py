@@ -57,7 +57,7 @@ class Sets:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrainingPlan:
     """A training that can begin. ``forget`` is what a probe learns from and is tested on, or one text."""
 
     checkpoint: Checkpoint
@@ -81,7 +81,7 @@ class Plan:
         return self.method.space == "base" or self.recipe.run.save == "full"
 
 
-def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
+def make_plan(model: str, sets: Sets, recipe: Recipe) -> TrainingPlan:
     """Read the data, and attach the method to the model without weights.
 
     Raises
@@ -118,10 +118,10 @@ def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
         "data": {**asdict(recipe.data), "names": list(train.names), **_name_sets(sets, recipe, (train, held, *forget))},
         "run": asdict(recipe.run),
     }
-    return Plan(checkpoint, tokenizer, recipe, options, train, held, forget, counts, identity)
+    return TrainingPlan(checkpoint, tokenizer, recipe, options, train, held, forget, counts, identity)
 
 
-def list_notes(plan: Plan, *, device: torch.device) -> Iterator[str]:
+def list_notes(plan: TrainingPlan, *, device: torch.device) -> Iterator[str]:
     """Say what was left out of the data and of the model, and in which dtype was measured and saved."""
     stored, used = (choose_dtype(plan.checkpoint, "auto", device=place) for place in (torch.device("meta"), device))
     if stored.itemsize < torch.float32.itemsize:

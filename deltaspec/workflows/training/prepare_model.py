@@ -21,14 +21,14 @@ from deltaspec.types import Checkpoint
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
 from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_model, read_state
 from deltaspec.workflows.training.count import choose_method_sites
-from deltaspec.workflows.training.plan import Plan
+from deltaspec.workflows.training.plan import TrainingPlan
 
 UNNAMED = ("LABEL_0", "LABEL_1")  # classes of a config that names none
 HEAD = "head/"  # before the names of a head's tensors among an attachment's
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class PreparedModel:
     """A model, the method on it, and the head that is trained beside it, by names in the model."""
 
     model: Any
@@ -75,7 +75,7 @@ def accelerated(run: RunOptions, *, seed: int) -> Iterator[Any]:
         yield accelerate.Accelerator(cpu=device.type == "cpu" or None, mixed_precision=run.precision)
 
 
-def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
+def prepare_model(plan: TrainingPlan, *, device: torch.device) -> PreparedModel:
     """Load the base, frozen, attach the method, and copy those of the base's parameters that are trained.
 
     Raises
@@ -109,7 +109,7 @@ def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
         renamed = hasattr(model, "activation_checkpointing_enable")  # by transformers 5
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-    return Trained(model, attachment, head)
+    return PreparedModel(model, attachment, head)
 
 
 def _load(checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], **place: Any) -> tuple[Any, set[str]]:

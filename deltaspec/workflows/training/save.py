@@ -17,15 +17,15 @@ from deltaspec.training.sites.adapted import Adapted
 from deltaspec.training.sites.model_sites import WRAPPED, base_parameters
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
 from deltaspec.workflows.shared.running_models import quiet_transformers
-from deltaspec.workflows.training.plan import Plan
-from deltaspec.workflows.training.prepare_model import Trained
+from deltaspec.workflows.training.plan import TrainingPlan
+from deltaspec.workflows.training.prepare_model import PreparedModel
 from deltaspec.workflows.training.saved_adapters import save_adapter
 
 TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 COPIED = ("generation_config.json", "chat_template.jinja")
 
 
-def save_trained(folder: Path, trained: Trained, plan: Plan) -> None:
+def save_trained(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> None:
     """Write what a training has come to.
 
     Raises
@@ -40,7 +40,7 @@ def save_trained(folder: Path, trained: Trained, plan: Plan) -> None:
     save_adapter(folder, trained.attachment, base=base, task_type=task, heads=trained.head)
 
 
-def _save_whole(folder: Path, trained: Trained, plan: Plan) -> None:
+def _save_whole(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> None:
     """Write config, tokenizer and weights in float32: in a base's bfloat16, small steps would be rounded away.
 
     An adapter's W + ΔW are summed in float64 and rounded once.

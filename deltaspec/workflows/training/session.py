@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,11 +17,11 @@ from deltaspec.training.loop.resume import pack_state, unpack_state, unpack_trai
 from deltaspec.training.loop.sharded import gather_state, is_sharded, link_state
 from deltaspec.training.loop.steps import Tick, count_steps, make_optimizer, run_loop
 from deltaspec.workflows.training.measure import Measure
-from deltaspec.workflows.training.plan import Plan, list_notes
+from deltaspec.workflows.training.plan import TrainingPlan, list_notes
 from deltaspec.workflows.training.prepare_model import prepare_model
+from deltaspec.workflows.training.process_memory import peak_memory, ran_out, reset_peak
 from deltaspec.workflows.training.save import save_trained
 
-RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 PACKAGES = ("deltaspec", "torch", "transformers", "accelerate", "datasets")
 
 
@@ -36,13 +30,13 @@ class Training:
 
     Parameters
     ----------
-    plan : Plan
+    plan : TrainingPlan
     folder : Folder
         Begun.
     accelerator : accelerate.Accelerator
     """
 
-    def __init__(self, plan: Plan, folder: Folder, accelerator: Any) -> None:
+    def __init__(self, plan: TrainingPlan, folder: Folder, accelerator: Any) -> None:
         self.plan, self.folder, self.accelerator = plan, folder, accelerator
         self.trained = prepare_model(plan, device=accelerator.device)
         self.newest = folder.newest()
@@ -63,7 +57,7 @@ class Training:
     def run(self, progress: Callable[[Tick], None] | None) -> dict[str, Any]:
         """Train to the end, and return the report; NumericalError where memory runs out or a loss is no number."""
         loop, found = self.plan.recipe.loop, self.accelerator
-        _reset_peak(found.device)
+        reset_peak(found.device)
         batches = Batches(
             self.plan.train,
             size=loop.batch,
@@ -78,7 +72,7 @@ class Training:
             run_loop(self.model, self.optimizer, batches, loop, accelerator=found, start=start, after=self._after)
             return self._end(count_steps(batches, loop))
         except (RuntimeError, MemoryError) as cause:
-            if not _is_memory(cause):
+            if not ran_out(cause):
                 raise
             message = (
                 f"Out of memory on {found.device}: pass a smaller --batch with more --accumulate, a smaller --length, "
@@ -173,34 +167,5 @@ class Training:
             "forgotten": {"metric": metric, "before": kept[0][metric], "after": kept[-1][metric]} if kept else None,
             "steps": total,
             "seconds_per_step": median(line["seconds"] for line in lines if "seconds" in line),
-            "peak_memory": _peak_memory(self.accelerator.device),
+            "peak_memory": peak_memory(self.accelerator.device),
         }
-
-
-def _is_memory(cause: Exception) -> bool:
-    """Tell whether memory ran out; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(cause, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(cause)
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Forget what this process held at most before, where the system can (CUDA; Linux's VmHWM)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif RESET.exists():
-        gc.collect()
-        with suppress(OSError, AttributeError):  # what is free, but not given back yet, would count
-            ctypes.CDLL(None).malloc_trim(0)
-        with suppress(OSError):
-            RESET.write_text("5")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the bytes that this process held at most: on a CUDA device, of its memory, else of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if STATUS.exists():
-        peak = next((line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")), "")
-        if peak:
-            return int(peak.split()[1]) * 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024

@@ -11,7 +11,7 @@ from deltaspec.errors import NumericalError, OptionError
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 from deltaspec.store.training_folder import Folder
 from deltaspec.training.loop.steps import Tick
-from deltaspec.workflows.training.plan import Plan, Recipe, Sets, make_plan
+from deltaspec.workflows.training.plan import Recipe, Sets, TrainingPlan, make_plan
 from deltaspec.workflows.training.prepare_model import accelerated
 from deltaspec.workflows.training.session import Training
 
@@ -98,7 +98,7 @@ def train(
 
 
 def _train_rates(
-    plan: Plan, out: Path, rates: Sequence[float], *, overwrite: bool, progress: Callable[[Tick], None] | None
+    plan: TrainingPlan, out: Path, rates: Sequence[float], *, overwrite: bool, progress: Callable[[Tick], None] | None
 ) -> dict[str, Any]:
     """Train with each rate, and name the one with the best held-out metric; one that diverges does not end the rest."""
     if plan.held is None:
@@ -130,7 +130,9 @@ def _badness(learned: dict[str, Any]) -> tuple[float, float]:
     return (learned["perplexity"] if "perplexity" in learned else -learned["accuracy"], learned["loss"])
 
 
-def _train_one(plan: Plan, out: Path, *, overwrite: bool, progress: Callable[[Tick], None] | None) -> dict[str, Any]:
+def _train_one(
+    plan: TrainingPlan, out: Path, *, overwrite: bool, progress: Callable[[Tick], None] | None
+) -> dict[str, Any]:
     """Train with one rate, from the newest checkpoint if there is one."""
     with accelerated(plan.recipe.run, seed=plan.recipe.loop.seed) as accelerator:
         folder = _open(plan, out, accelerator, overwrite=overwrite)
@@ -139,7 +141,7 @@ def _train_one(plan: Plan, out: Path, *, overwrite: bool, progress: Callable[[Ti
         return Training(plan, folder, accelerator).run(progress)
 
 
-def _open(plan: Plan, out: Path, accelerator: Any, *, overwrite: bool, rates: Sequence[float] = ()) -> Folder:
+def _open(plan: TrainingPlan, out: Path, accelerator: Any, *, overwrite: bool, rates: Sequence[float] = ()) -> Folder:
     """Begin a folder, the writing process first."""
     folder = Folder(out, writes=accelerator.is_main_process)
     loop = asdict(plan.recipe.loop) | ({"lr": list(rates)} if rates else {})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltaspec.errors import OptionError
-from deltaspec.training.methods.base_weights.own import Trained
+from deltaspec.training.methods.base_weights.own import TrainedInPlace
 from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, check_bottleneck, check_placement, place
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import PREFIX, Attachment, Method, make_parameter
@@ -142,7 +142,7 @@ class CompacterAttachment(Attachment):
     ) -> None:
         super().__init__(model, updates, name=name, method="compacter", options=options, shared=shared)
         norms = find_norms(model) if options.norms else {}
-        self.norms = Trained(norms)
+        self.norms = TrainedInPlace(norms)
         self.hooks = _widen(model, norms)
 
     def enable(self, weight: float) -> None:
