@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltaspec.errors import AdapterError, CheckpointError, PairingError
-from deltaspec.files import json_file
+from deltaspec.files import json_file, tensor_reader
 from deltaspec.io import pickled, shards
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import identify_source
@@ -156,7 +156,7 @@ def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str, we
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    room = shards if file.name.endswith(".safetensors") else pickled
+    room = tensor_reader if file.name.endswith(".safetensors") else pickled
     tensors, _ = shards.gather([file], room.list_tensors)
     return {name: read_tensor(spec) for name, spec in tensors.items()}
 
