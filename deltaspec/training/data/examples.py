@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.table import Table, read_table, split_table
+from deltaspec.training.data.table import Table
 
 IGNORED = -100  # what transformers' losses leave out
 PACKED = 1024  # tokens of a packed sequence where no length is given and the model takes more
@@ -94,44 +94,6 @@ class Batches:
         return self.examples.batch(rows[self.rank :: self.world], pad=self.pad)
 
 
-def read_examples(
-    ref: str, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0), names: Sequence[str] = ()
-) -> Examples:
-    """Read all examples of a file or hub data set.
-
-    Parameters
-    ----------
-    ref : str
-        A path, or ``owner/name`` or ``owner/name:split`` of the hub.
-    options : DataOptions
-    tokenizer : transformers tokenizer
-    limits : (positions, rows)
-        The longest sequence that the model takes, and how many token ids it knows; 0 is any.
-    names : sequence of str
-        The classes of other data, in their order; this data must have no others.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read, lacks a field or class, has no text, or the tokenizer is not the model's.
-    OptionError
-        If ``length`` exceeds the model's, or a text exceeds ``length`` and is not to be cut.
-    """
-    return encode(read_table(ref, options, names=names), options, tokenizer, limits=limits)
-
-
-def read_split(
-    ref: str, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0), names: Sequence[str] = ()
-) -> tuple[Examples, Examples]:
-    """Read examples for training and a held-out share of them, ``options.holdout``; arguments as of read_examples.
-
-    Texts are parted before they are packed; of each class the same share is held out. Both know all classes.
-    """
-    table = read_table(ref, options, names=names)
-    train, held = split_table(table, options.holdout, seed=options.seed)
-    return tuple(encode(part, options, tokenizer, limits=limits) for part in (train, held))  # type: ignore[return-value]
-
-
 def padding(tokenizer: Any) -> int:
     """Return the token id to pad with: the tokenizer's own, else its end of text, else 0."""
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
@@ -139,10 +101,26 @@ def padding(tokenizer: Any) -> int:
 
 
 def encode(table: Table, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0)) -> Examples:
-    """Turn texts into token ids; arguments, errors and result as of read_examples.
+    """Turn texts into token ids.
 
     For causal-lm the texts follow one another, each closed by the end-of-text token, and are cut into sequences of the
     length, so that every token is in one. The last, shorter one is kept unless it is of one token, which predicts none.
+
+    Parameters
+    ----------
+    table : Table
+    options : DataOptions
+        Of which task, length and cut count.
+    tokenizer : transformers tokenizer
+    limits : (positions, rows)
+        The longest sequence that the model takes, and how many token ids it knows; 0 is any.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no text, or the tokenizer is not the model's.
+    OptionError
+        If ``length`` exceeds the model's, or a text exceeds ``length`` and is not to be cut.
     """
     length = _choose_length(options, tokenizer, limits[0])
     make = _pack if options.task == "causal-lm" else _separate

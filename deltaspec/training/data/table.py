@@ -7,15 +7,14 @@ import operator
 import re
 import string
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.rows import read_rows
 
 RULE = re.compile(r"(?P<field>.+?)\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<number>[-+]?[0-9.]+(e[-+]?[0-9]+)?)", re.I)
 SIGNS = {
@@ -26,6 +25,20 @@ SIGNS = {
     "==": (operator.eq, "!="),
     "!=": (operator.ne, "=="),
 }
+
+
+class Columns(Protocol):
+    """Columns of equal length by name; ``features`` may declare a column's classes (datasets.Dataset)."""
+
+    @property
+    def features(self) -> Mapping[str, object]:
+        """What is declared of each column."""
+
+    def __len__(self) -> int:
+        """Count the rows."""
+
+    def __getitem__(self, name: str) -> Iterable[Any]:
+        """Return one column's values, of whatever kind a file holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +61,36 @@ class Table:
         return replace(self, texts=[self.texts[p] for p in places], rows=[self.rows[p] for p in places], labels=labels)
 
 
-def read_table(ref: str, options: DataOptions, *, names: Sequence[str] = ()) -> Table:
-    """Read the texts of a file or hub data set, and their classes where the task has them.
+def list_fields(options: DataOptions) -> list[str]:
+    """List the columns that texts and classes are made of.
+
+    Raises
+    ------
+    OptionError
+        If ``text`` cannot be understood.
+
+    Examples
+    --------
+    >>> list_fields(DataOptions(text="{question} {answer}", label="score>=3"))
+    ['question', 'answer', 'score']
+    """
+    rule = RULE.fullmatch(options.label)
+    label = [rule["field"] if rule else options.label] if options.task == "classification" else []
+    return [field for _, field in _parse_template(options.text) if field] + label
+
+
+def make_table(found: Columns, options: DataOptions, *, source: str, names: Sequence[str] = ()) -> Table:
+    """Make texts, and classes where the task has them, from columns.
 
     Parameters
     ----------
-    ref : str
-        As read_rows takes it.
+    found : Columns
+        Those that ``list_fields`` names.
     options : DataOptions
         ``text`` is a column, or a template of columns, ``{question} {answer}``, in which backslash n is a new line.
         ``label`` is a column, or the comparison of one with a number: ``2>0``.
+    source : str
+        What they were read from, for errors.
     names : sequence of str
         The classes of other data, in their order.
 
@@ -70,19 +103,17 @@ def read_table(ref: str, options: DataOptions, *, names: Sequence[str] = ()) -> 
     Raises
     ------
     CheckpointError
-        If it cannot be read, lacks a column, has a row without class, one class only, or one not in ``names``.
+        If there is a row without class, one class only, or one not in ``names``.
     OptionError
         If ``text`` or ``label`` cannot be understood.
     """
-    pieces = _parse_template(options.text)
+    pieces, ref = _parse_template(options.text), source
     classes = options.task == "classification"
     rule = RULE.fullmatch(options.label) if classes else None
-    label = rule["field"] if rule else options.label
-    found = read_rows(ref, [field for _, field in pieces if field] + [label] * classes)
     labels: list[int] = []
     own: tuple[str, ...] = ()
     if classes:
-        kinds, own = _compare(found[label], rule, ref) if rule else _name_classes(found, label, ref)
+        kinds, own = _compare(found[rule["field"]], rule, ref) if rule else _name_classes(found, options.label, ref)
         labels = _number(kinds, tuple(names) or own, ref)
     texts = _fill(found, pieces, ref)
     kept = [place for place, text in enumerate(texts) if text.strip()]
@@ -159,7 +190,7 @@ def _parse_template(text: str) -> list[tuple[str, str]]:
     return [(literal, field or "") for literal, field, _, _ in parsed]
 
 
-def _fill(found: Any, pieces: Sequence[tuple[str, str]], ref: str) -> list[str]:
+def _fill(found: Columns, pieces: Sequence[tuple[str, str]], ref: str) -> list[str]:
     """Return a text for each row; an empty one where any of its columns is."""
     columns = {field: list(found[field]) for _, field in pieces if field}
     for field, values in columns.items():
@@ -178,7 +209,7 @@ def _fill(found: Any, pieces: Sequence[tuple[str, str]], ref: str) -> list[str]:
     return texts
 
 
-def _compare(values: Sequence[Any], rule: re.Match[str], ref: str) -> tuple[list[str], tuple[str, ...]]:
+def _compare(values: Iterable[Any], rule: re.Match[str], ref: str) -> tuple[list[str], tuple[str, ...]]:
     """Return each row's class by a comparison, and both classes: false, true."""
     field, number = rule["field"], rule["number"]
     test, opposite = SIGNS[rule["sign"]]
@@ -203,7 +234,7 @@ def _compare(values: Sequence[Any], rule: re.Match[str], ref: str) -> tuple[list
     return kinds, names
 
 
-def _name_classes(found: Any, label: str, ref: str) -> tuple[list[str], tuple[str, ...]]:
+def _name_classes(found: Columns, label: str, ref: str) -> tuple[list[str], tuple[str, ...]]:
     """Return each row's class as text, and all classes in order."""
     values, declared = list(found[label]), getattr(found.features[label], "names", None)
     if declared:

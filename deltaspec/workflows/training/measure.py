@@ -29,16 +29,16 @@ class Measure:
 
     def learned(self) -> dict[str, float]:
         """Return loss, and accuracy or perplexity, on held-out data; nothing where there are none."""
-        return self._evaluate(self.plan.held) if self.plan.held else {}
+        return self._evaluate(self.plan.data.held) if self.plan.data.held else {}
 
     def kept(self) -> dict[str, float]:
         """Return the accuracy of a probe on other data, or the perplexity of other text."""
-        if not self.plan.forget:
+        if not self.plan.data.forget:
             return {}
         if self.plan.recipe.data.task == "causal-lm":
-            return self._evaluate(self.plan.forget[0])
+            return self._evaluate(self.plan.data.forget[0])
         model = self.accelerator.unwrap_model(self.model)
-        known, asked = self.plan.forget
+        known, asked = self.plan.data.forget
         return {"accuracy": probe(model, known, asked, pad=self.pad, device=self.accelerator.device)}
 
     def _evaluate(self, examples: Any) -> dict[str, float]:

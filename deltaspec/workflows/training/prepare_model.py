@@ -84,7 +84,7 @@ def prepare_model(plan: TrainingPlan, *, device: torch.device) -> PreparedModel:
         If weights are missing that are not of a head.
     """
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    names = plan.train.names
+    names = plan.data.train.names
     kind = describe_skeleton(checkpoint.ref, task=recipe.data.task, labels=len(names))
     stored = choose_dtype(checkpoint, "auto", device=device)
     dtype = torch.float32 if plan.method.space == "base" else stored

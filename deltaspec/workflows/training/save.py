@@ -45,7 +45,7 @@ def _save_whole(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> Non
 
     An adapter's W + ΔW are summed in float64 and rounded once.
     """
-    checkpoint, names = plan.checkpoint, plan.train.names
+    checkpoint, names = plan.checkpoint, plan.data.train.names
     kind = describe_skeleton(checkpoint.ref, task=plan.recipe.data.task, labels=len(names))
     skeleton: Any = build_skeleton(kind)  # transformers knows by it how this model's weights are named in files
     tensors = _merge(trained.model)

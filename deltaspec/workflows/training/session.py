@@ -59,7 +59,7 @@ class Training:
         loop, found = self.plan.recipe.loop, self.accelerator
         reset_peak(found.device)
         batches = Batches(
-            self.plan.train,
+            self.plan.data.train,
             size=loop.batch,
             seed=loop.seed,
             pad=padding(self.plan.tokenizer),
@@ -107,7 +107,7 @@ class Training:
         return state
 
     def _refuse_probe(self) -> None:
-        if self.plan.forget and self.plan.recipe.data.task == "classification":
+        if self.plan.data.forget and self.plan.recipe.data.task == "classification":
             message = "--forget runs a model's body alone, which FSDP cannot: leave it out, or train without FSDP."
             raise OptionError(message)
 

@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options import TextOptions
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.examples import Batches, Examples, encode, padding, read_examples, read_split, rows
-from deltaspec.training.data.table import Table, read_table, split_table
+from deltaspec.training.data import rows
+from deltaspec.training.data.examples import Batches, Examples, encode, padding
+from deltaspec.training.data.table import Table, split_table
 from deltaspec.workflows.shared.text_batches import make_batches
+from deltaspec.workflows.training.read_data import read_examples, read_split, read_table
 from tests.tiny_models import write_text, write_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
