@@ -19,6 +19,7 @@ from deltaspec.training.sites.attachment import Method, freeze
 from deltaspec.training.sites.model_sites import base_bias, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import Checkpoint
+from deltaspec.types.running import Tokenizer
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
 from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_tokenizer, open_model
 from deltaspec.workflows.training.count import (
@@ -36,7 +37,7 @@ class TrainingPlan:
     """A training that can begin."""
 
     checkpoint: Checkpoint
-    tokenizer: Any
+    tokenizer: Tokenizer
     recipe: Recipe
     options: Any
     data: TrainingData

@@ -18,6 +18,7 @@ from deltaspec.training.data.examples import padding
 from deltaspec.training.sites.attachment import Attachment, Group, fill, freeze
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.types import Checkpoint
+from deltaspec.types.running import Accelerator
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
 from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_model, read_state
 from deltaspec.workflows.training.count import choose_method_sites
@@ -31,7 +32,7 @@ HEAD = "head/"  # before the names of a head's tensors among an attachment's
 class PreparedModel:
     """A model, the method on it, and the head that is trained beside it, by names in the model."""
 
-    model: Any
+    model: nn.Module
     attachment: Attachment
     head: dict[str, nn.Parameter]
 
@@ -52,7 +53,7 @@ class PreparedModel:
 
 
 @contextmanager
-def accelerated(run: RunOptions, *, seed: int) -> Iterator[Any]:
+def accelerated(run: RunOptions, *, seed: int) -> Iterator[Accelerator]:
     """Give an accelerate.Accelerator; torch's random generators are seeded for this process, and restored after it.
 
     Raises

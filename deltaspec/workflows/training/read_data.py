@@ -13,6 +13,7 @@ from deltaspec.options.training import DataOptions
 from deltaspec.training.data.examples import Examples, encode
 from deltaspec.training.data.rows import read_rows
 from deltaspec.training.data.table import Table, list_fields, make_table, split_table
+from deltaspec.types.running import Tokenizer
 
 TESTED = 0.2  # of other data, where nothing is held out of the training's
 
@@ -49,7 +50,7 @@ def find_sources(recipe: Recipe) -> DataSources:
     return recipe.sources
 
 
-def read_data(recipe: Recipe, tokenizer: Any, *, limits: tuple[int, int]) -> TrainingData:
+def read_data(recipe: Recipe, tokenizer: Tokenizer, *, limits: tuple[int, int]) -> TrainingData:
     """Read all that a training needs.
 
     Parameters
@@ -79,7 +80,7 @@ def read_data(recipe: Recipe, tokenizer: Any, *, limits: tuple[int, int]) -> Tra
     return TrainingData(train, held, _read_forget(recipe, tokenizer, limits))
 
 
-def _read_forget(recipe: Recipe, tokenizer: Any, limits: tuple[int, int]) -> tuple[Examples, ...]:
+def _read_forget(recipe: Recipe, tokenizer: Tokenizer, limits: tuple[int, int]) -> tuple[Examples, ...]:
     source = find_sources(recipe).forget
     if source is None:
         return ()
@@ -94,7 +95,7 @@ def _read_forget(recipe: Recipe, tokenizer: Any, limits: tuple[int, int]) -> tup
 
 
 def read_examples(
-    ref: str, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0), names: Sequence[str] = ()
+    ref: str, options: DataOptions, tokenizer: Tokenizer, *, limits: tuple[int, int] = (0, 0), names: Sequence[str] = ()
 ) -> Examples:
     """Read all examples of a file or hub data set.
 
@@ -120,7 +121,7 @@ def read_examples(
 
 
 def read_split(
-    ref: str, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0)
+    ref: str, options: DataOptions, tokenizer: Tokenizer, *, limits: tuple[int, int] = (0, 0)
 ) -> tuple[Examples, Examples]:
     """Read examples for training and a held-out share of them, ``options.holdout``; arguments as of read_examples.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.files.atomic import whole_file
 from deltaspec.training.data.examples import padding
@@ -67,7 +67,7 @@ def _save_whole(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> Non
             shutil.copyfile(checkpoint.root / name, folder / name)
 
 
-def _merge(model: Any) -> dict[str, Tensor]:
+def _merge(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors by name in float32, tied ones once, with what adapters add to them."""
     own = base_parameters(model)
     known = model.state_dict().keys()

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from deltaspec.errors import NumericalError, OptionError
 from deltaspec.store.training_folder import Folder, read_report
-from deltaspec.training.data.examples import Batches, padding
+from deltaspec.training.data.examples import Batches, Share, padding
 from deltaspec.training.loop.resume import pack_state, unpack_state, unpack_trained
 from deltaspec.training.loop.sharded import gather_state, is_sharded, link_state
-from deltaspec.training.loop.steps import Tick, count_steps, make_optimizer, run_loop
+from deltaspec.training.loop.steps import Prepared, Tick, count_steps, make_optimizer, run_loop
+from deltaspec.types.running import Accelerator
 from deltaspec.workflows.training.measure import Measure
 from deltaspec.workflows.training.plan import TrainingPlan, list_notes
 from deltaspec.workflows.training.prepare_model import prepare_model
@@ -36,7 +37,7 @@ class Training:
     accelerator : accelerate.Accelerator
     """
 
-    def __init__(self, plan: TrainingPlan, folder: Folder, accelerator: Any) -> None:
+    def __init__(self, plan: TrainingPlan, folder: Folder, accelerator: Accelerator) -> None:
         self.plan, self.folder, self.accelerator = plan, folder, accelerator
         self.trained = prepare_model(plan, device=accelerator.device)
         self.newest = folder.newest()
@@ -63,13 +64,12 @@ class Training:
             size=loop.batch,
             seed=loop.seed,
             pad=padding(self.plan.tokenizer),
-            rank=found.process_index,
-            world=found.num_processes,
+            share=Share(found.process_index, found.num_processes),
         )
         self.progress = progress
         try:
             start = self._begin()
-            run_loop(self.model, self.optimizer, batches, loop, accelerator=found, start=start, after=self._after)
+            run_loop(Prepared(self.model, self.optimizer, found), batches, loop, start=start, after=self._after)
             return self._end(count_steps(batches, loop))
         except (RuntimeError, MemoryError) as cause:
             if not ran_out(cause):
@@ -95,7 +95,7 @@ class Training:
         step: int = position["step"]
         self.folder.rewind(step)
         unpack_state(packed, self.optimizer, self.accelerator)
-        if position["scaler"]:
+        if position["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(position["scaler"])
         return step
 

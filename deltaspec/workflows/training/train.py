@@ -11,6 +11,7 @@ from deltaspec.errors import NumericalError, OptionError
 from deltaspec.options.recipe import Recipe
 from deltaspec.store.training_folder import Folder
 from deltaspec.training.loop.steps import Tick
+from deltaspec.types.running import Accelerator
 from deltaspec.workflows.training.plan import TrainingPlan, make_plan
 from deltaspec.workflows.training.prepare_model import accelerated
 from deltaspec.workflows.training.session import Training
@@ -105,7 +106,7 @@ def _train_one(
         return Training(plan, folder, accelerator).run(progress)
 
 
-def _open(plan: TrainingPlan, out: Path, accelerator: Any, *, overwrite: bool) -> Folder:
+def _open(plan: TrainingPlan, out: Path, accelerator: Accelerator, *, overwrite: bool) -> Folder:
     """Begin a folder, the writing process first."""
     folder, recipe = Folder(out, writes=accelerator.is_main_process), plan.recipe
     loop = asdict(recipe.loop) | ({"lr": list(recipe.rates)} if recipe.rates else {})
