@@ -81,30 +81,7 @@ def fit(features: Tensor, labels: Tensor, *, penalty: float = PENALTY) -> Tensor
     if not features.isfinite().all():
         message = "The model's features are NaN or infinite: its weights or activations are; lower --lr."
         raise NumericalError(message)
-    problem = _Problem(features, labels, penalty)
-    shape = (problem.values.shape[1], problem.wanted.shape[1])
-    scaled = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS(
-        [scaled],
-        max_iter=PATIENCE,
-        max_eval=PATIENCE,
-        tolerance_grad=PRECISE,
-        tolerance_change=0.0,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
-
-    def evaluate() -> float:
-        loss, scaled.grad = problem.evaluate(scaled.detach())
-        return loss
-
-    search.step(evaluate)  # type: ignore[no-untyped-call]
-    evaluate()
-    if scaled.grad is None or not float(scaled.grad.abs().max()) < 100 * PRECISE:
-        classes = problem.wanted.shape[1]
-        message = f"The linear probe of {classes} classes did not converge in {PATIENCE} evaluations: pass more data."
-        raise NumericalError(message)
-    return problem.unscale(scaled.detach())
+    return _Problem(features, labels, penalty).solve()
 
 
 class _Problem:
@@ -125,6 +102,33 @@ class _Problem:
         gram = self.values.T @ self.values
         self.root = torch.linalg.cholesky(gram * ((classes - 1) / classes**2 / count) + torch.diag(self.ridge[:, 0]))
         self.wanted = F.one_hot(labels, classes).double()
+
+    def solve(self) -> Tensor:
+        """Return the weights at the minimum; NumericalError where the search does not end there."""
+        shape = (self.values.shape[1], self.wanted.shape[1])
+        scaled = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        search = torch.optim.LBFGS(
+            [scaled],
+            max_iter=PATIENCE,
+            max_eval=PATIENCE,
+            tolerance_grad=PRECISE,
+            tolerance_change=0.0,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
+
+        def evaluate() -> float:
+            loss, scaled.grad = self.evaluate(scaled.detach())
+            return loss
+
+        search.step(evaluate)  # type: ignore[no-untyped-call]
+        evaluate()
+        if scaled.grad is None or not float(scaled.grad.abs().max()) < 100 * PRECISE:
+            message = (
+                f"The linear probe of {shape[1]} classes did not converge in {PATIENCE} evaluations: pass more data."
+            )
+            raise NumericalError(message)
+        return self.unscale(scaled.detach())
 
     def unscale(self, scaled: Tensor) -> Tensor:
         """Return W and below it b, (d + 1, classes)."""
