@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaspec.errors import CheckpointError, OptionError
+from deltaspec.errors import CheckpointError
 from deltaspec.training.sites.adapted import Adapted, Update, check_free
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta
+from deltaspec.types.methods import MethodOptions, PeftConfig
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
@@ -57,9 +58,10 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, updates: Sequence[Update] = (), *, name: str, method: str, options: Any
+        self, model: nn.Module, updates: Sequence[Update] = (), *, name: str, method: str, options: MethodOptions
     ) -> None:
-        self.model, self.name, self.method, self.options = model, name, method, options
+        self.model, self.name, self.method = model, name, method
+        self.options: MethodOptions = options
         self.updates = {update.site.name: update for update in updates}
         self.shared = {name: tensor for update in updates for name, tensor in update.shared().items()}
         check_free(model, name)
@@ -192,23 +194,6 @@ def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def check_ranks(sites: Iterable[Site], rank: int) -> None:
-    """Refuse a rank that exceeds a site's smaller side.
-
-    Raises
-    ------
-    OptionError
-        Naming the first such site.
-    """
-    for site in sites:
-        if rank > min(site.shape):
-            message = (
-                f"--rank is {rank}, but '{site.name}' is {site.shape[0]} × {site.shape[1]}: "
-                f"pass {min(site.shape)} or less, or leave it out of --targets."
-            )
-            raise OptionError(message)
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
     """One line of METHODS.
@@ -228,8 +213,8 @@ class Method:
     sites: str = "all"
     identity: bool = True
     peft: str = ""
-    to_peft: Callable[[Any], dict[str, Any]] | None = None
-    from_peft: Callable[[dict[str, Any], Mapping[str, tuple[int, ...]]], Any] | None = None
+    to_peft: Callable[[Any], PeftConfig] | None = None
+    from_peft: Callable[[PeftConfig, Mapping[str, tuple[int, ...]]], MethodOptions] | None = None
 
 
 def make_parameter(

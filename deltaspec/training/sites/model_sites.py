@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from deltaspec.errors import OptionError
 from deltaspec.training.sites.adapted import Adapted, take_outputs
 from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey, Shape, View
+from deltaspec.types.running import ModelConfig
 
 WRAPPED = re.compile(r"\.base(?=\.)")
 HEADS = ("classifier", "lm_head")  # roles
@@ -48,7 +49,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def identify_parameters(model: nn.Module) -> Identification:
     """Say what every parameter of a running model is; tied ones once, adapters left out."""
-    config: Any = getattr(model, "config", None)
+    config: ModelConfig | None = getattr(model, "config", None)
     shapes = {name: tuple(parameter.shape) for name, parameter in base_parameters(model).items()}
     return identify(shapes, config.to_dict() if config else {})
 
@@ -72,7 +73,7 @@ def list_sites(model: nn.Module, *, split: bool) -> list[Site]:
     split : bool
         Parts of fused matrices one by one, instead of whole.
     """
-    config: Any = getattr(model, "config", None)
+    config: ModelConfig | None = getattr(model, "config", None)
     modules = {path: module for path, module in list_modules(model) if kind_of(module)}
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in base_parameters(model).items()}
     shapes |= {f"{path}.weight": tuple(_weight(module).shape) for path, module in modules.items()}  # tied ones too
@@ -131,5 +132,22 @@ def refuse_embeddings(sites: Sequence[Site], method: str) -> None:
             message = (
                 f"--method {method} changes linear layers only, and '{site.name}' is an embedding: leave it out of "
                 "--targets, or take --method lora."
+            )
+            raise OptionError(message)
+
+
+def check_ranks(sites: Iterable[Site], rank: int) -> None:
+    """Refuse a rank that exceeds a site's smaller side.
+
+    Raises
+    ------
+    OptionError
+        Naming the first such site.
+    """
+    for site in sites:
+        if rank > min(site.shape):
+            message = (
+                f"--rank is {rank}, but '{site.name}' is {site.shape[0]} × {site.shape[1]}: "
+                f"pass {min(site.shape)} or less, or leave it out of --targets."
             )
             raise OptionError(message)

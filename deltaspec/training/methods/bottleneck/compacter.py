@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,12 +199,12 @@ def _widen(model: nn.Module, norms: Mapping[str, nn.Parameter]) -> list[Removabl
     return hooks
 
 
-def _widen_inputs(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen_inputs(module: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
     del module
     return tuple(value.float() if isinstance(value, Tensor) else value for value in given)
 
 
-def _narrow_outputs(module: nn.Module, given: tuple[Any, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
+def _narrow_outputs(module: nn.Module, given: tuple[object, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
     del module, given
     return found.to(dtype)
 

@@ -13,8 +13,8 @@ from deltaspec.linalg.signs import fix_signs
 from deltaspec.linalg.truncated import truncate
 from deltaspec.training.methods.shared_factors.vera import check_vectors
 from deltaspec.training.sites.adapted import Update
-from deltaspec.training.sites.attachment import Attachment, Method, check_ranks, fill, make_parameter
-from deltaspec.training.sites.model_sites import base_matrix, module_at
+from deltaspec.training.sites.attachment import Attachment, Method, fill, make_parameter
+from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at
 from deltaspec.training.sites.site import Site
 
 FROZEN = (".lora_xs_A", ".lora_xs_B")
@@ -110,6 +110,8 @@ def top_directions(weight: Tensor, rank: int, *, name: str) -> tuple[Tensor, Ten
 
 class LoraXsAttachment(Attachment):
     """LoRA-XS, whose projections need not be stored."""
+
+    options: LoraXsOptions
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy stored tensors in; projections that are not among them stay as the base gave them."""

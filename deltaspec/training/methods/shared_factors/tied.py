@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from deltaspec.training.methods.shared_factors.vera import ScaledUpdate, check_vectors
-from deltaspec.training.sites.attachment import Attachment, Method, check_ranks, make_parameter
-from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
+from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
+from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
 
 SHARED = ("base_model.tied_A", "base_model.tied_B")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Group, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
+from deltaspec.types.methods import PeftConfig
 
 BANK = "base_model.vblora_vector_bank"
 INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
@@ -121,6 +121,8 @@ class VbLoraUpdate(Update):
 class VbLoraAttachment(Attachment):
     """VB-LoRA, which can be released as the few weights and indices that count."""
 
+    options: VbLoraOptions
+
     def groups(self) -> list[Group]:
         """Return the bank at the loop's learning rate, and the logits at a multiple of it.
 
@@ -210,7 +212,7 @@ def attach(model: nn.Module, sites: Sequence[Site], options: VbLoraOptions, *, n
     return VbLoraAttachment(model, updates, name=name, method="vblora", options=options)
 
 
-def to_peft(options: VbLoraOptions) -> dict[str, Any]:
+def to_peft(options: VbLoraOptions) -> PeftConfig:
     """Return the fields of PEFT's VBLoRAConfig."""
     return {
         "r": options.rank,
@@ -223,7 +225,7 @@ def to_peft(options: VbLoraOptions) -> dict[str, Any]:
     }
 
 
-def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VbLoraOptions:
+def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> VbLoraOptions:
     """Read PEFT's VBLoRAConfig; it must say of the bank what the file does, before anything of its size is made."""
     size = (config["num_vectors"], config["vector_length"])
     if shapes.get(BANK) != size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Method, fill, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
+from deltaspec.types.methods import PeftConfig
 
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -149,6 +150,8 @@ class ScaledUpdate(Update):
 class VeraAttachment(Attachment):
     """VeRA, whose projections need not be stored."""
 
+    options: VeraOptions
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy stored tensors in; projections that are not among them stay as their seed gave them."""
         drawn = () if any(name in tensors for name in self.shared) else self.shared
@@ -179,7 +182,7 @@ def attach(model: nn.Module, sites: Sequence[Site], options: VeraOptions, *, nam
     return VeraAttachment(model, updates, name=name, method="vera", options=options)
 
 
-def to_peft(options: VeraOptions) -> dict[str, Any]:
+def to_peft(options: VeraOptions) -> PeftConfig:
     """Return the fields of PEFT's VeraConfig."""
     return {
         "r": options.rank,
@@ -191,7 +194,7 @@ def to_peft(options: VeraOptions) -> dict[str, Any]:
     }
 
 
-def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VeraOptions:
+def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> VeraOptions:
     """Read PEFT's VeraConfig; whether projections are saved, the file itself tells."""
     return VeraOptions(
         config["r"],
