@@ -34,17 +34,27 @@ def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base model's own parameters by their names without adapters; tied ones once."""
-    parameters = {}
+    parameters = dict(model.named_parameters())
+    return {WRAPPED.sub("", name): parameters[name] for name in _own_names(model, parameters)}
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the base model's own buffers that its checkpoints hold, by their names without adapters."""
+    known, buffers = model.state_dict().keys(), dict(model.named_buffers())
+    return {WRAPPED.sub("", name): buffers[name] for name in _own_names(model, buffers) if name in known}
+
+
+def _own_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yield the names, among those of parameters or buffers, that are the base model's own."""
     adapted = {name for name, module in model.named_modules() if isinstance(module, Adapted)}
-    for name, parameter in model.named_parameters():
+    for name in names:
         owner = name
         while "." in owner:  # inside an Adapted, only what hangs below .base is the model's own
             owner = owner.rpartition(".")[0]
             if owner in adapted and not name.startswith(f"{owner}.base."):
                 break
         else:
-            parameters[WRAPPED.sub("", name)] = parameter
-    return parameters
+            yield name
 
 
 def identify_parameters(model: nn.Module) -> Identification:
