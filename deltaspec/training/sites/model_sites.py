@@ -65,7 +65,13 @@ def identify_parameters(model: nn.Module) -> Identification:
 
 
 def kind_of(module: nn.Module) -> str:
-    """Say what kind of site a module is: linear, conv1d, embedding, or none ("")."""
+    """Say what kind of site a module is: linear, conv1d (GPT-2's), embedding, or none ("").
+
+    Examples
+    --------
+    >>> kind_of(nn.Linear(2, 3)), kind_of(nn.LayerNorm(2))
+    ('linear', '')
+    """
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Embedding):

@@ -79,6 +79,13 @@ def apply_kronecker(x: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> T
     References
     ----------
     Mahabadi et al., Compacter, NeurIPS 2021, equation 5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> shared, left, right = torch.eye(2).expand(2, 2, 2), torch.ones(2, 1), torch.ones(2, 2)
+    >>> apply_kronecker(torch.tensor([1.0, 2.0, 3.0, 4.0]), shared, left, right)
+    tensor([ 6., 14.])
     """
     inner = x.reshape(*x.shape[:-1], shared.shape[0], -1) @ right.T  # (…, column of A, i)
     mixed = torch.einsum("iab,...bi->...ai", shared, inner)
@@ -212,7 +219,7 @@ def _narrow_outputs(module: nn.Module, given: tuple[object, ...], found: Tensor,
 def attach(
     model: nn.Module, sites: Sequence[Site], options: CompacterOptions, *, name: str, seed: int
 ) -> CompacterAttachment:
-    """Put a Kronecker bottleneck after every site of the placement.
+    """Put a Kronecker bottleneck after every site of the placement; arguments as of every method's attach, see Method.
 
     Raises
     ------

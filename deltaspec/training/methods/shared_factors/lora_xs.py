@@ -95,6 +95,18 @@ def top_directions(weight: Tensor, rank: int, *, name: str) -> tuple[Tensor, Ten
     ------
     CheckpointError
         If the weight holds NaN or infinity.
+
+    References
+    ----------
+    Bałazy et al., LoRA-XS, 2024, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> lora_A, lora_B = top_directions(torch.diag(torch.tensor([1.0, 5.0])), 1, name="weight")
+    >>> (lora_B @ lora_A).round(decimals=6) + 0
+    tensor([[0., 0.],
+            [0., 5.]], dtype=torch.float64)
     """
     try:
         found = truncate(
@@ -129,7 +141,17 @@ class LoraXsAttachment(Attachment):
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: LoraXsOptions, *, name: str, seed: int) -> Attachment:
-    """Put LoRA-XS at every site; nothing is random."""
+    """Put LoRA-XS at every site; nothing is random.
+
+    Arguments are as of every method's attach, see Method.
+
+    Raises
+    ------
+    CheckpointError
+        If a weight holds NaN or infinity.
+    OptionError
+        If the rank exceeds a site's sides.
+    """
     del seed
     check_ranks(sites, options.rank)
     updates = [LoraXsUpdate(site, module_at(model, site.path), options) for site in sites]
