@@ -52,7 +52,13 @@ class Tick:
 
 
 def count_steps(batches: NumberedBatches, options: LoopOptions) -> int:
-    """Return the steps of a training; the last one of its epochs may have fewer batches."""
+    """Return the steps of a training; the last one of its epochs may have fewer batches.
+
+    Examples
+    --------
+    >>> count_steps([None] * 5, LoopOptions(epochs=3, accumulate=2))  # 15 batches, two a step
+    8
+    """
     return options.steps or -(-options.epochs * len(batches) // options.accumulate)
 
 

@@ -38,7 +38,25 @@ def probe(model: nn.Module, train: Examples, test: Examples, feed: Feed) -> floa
 
 
 def score(features: Tensor, labels: Tensor, *, test_features: Tensor, test_labels: Tensor) -> float:
-    """Return the accuracy of a linear classifier on other features; arguments as of fit, errors too."""
+    """Return the accuracy of a linear classifier on other features.
+
+    Parameters
+    ----------
+    features, labels : Tensor, (n, d), and Tensor, (n,), int64
+        What it learns from, as of ``fit``; their mean and spread standardise both sides.
+    test_features, test_labels : Tensor, (m, d), and Tensor, (m,), int64
+
+    Raises
+    ------
+    NumericalError
+        If features are not finite, or the search does not end.
+
+    Examples
+    --------
+    >>> known, asked = torch.tensor([[0.0], [1.0], [9.0], [8.0]]), torch.tensor([[2.0], [7.0], [1.0]])
+    >>> round(score(known, torch.tensor([0, 0, 1, 1]), test_features=asked, test_labels=torch.tensor([0, 1, 1])), 3)
+    0.667
+    """
     mean, spread = _standard(features)
     weights = fit((features.double() - mean) / spread, labels)
     tested = (test_features.double() - mean) / spread

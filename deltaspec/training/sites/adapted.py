@@ -170,7 +170,26 @@ def check_free(model: nn.Module, name: str | None = None) -> None:
 
 
 def apply_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """Run a linear, Conv1D or embedding module with another weight, as stored ((d_in, d_out) for Conv1D)."""
+    """Run a linear, Conv1D or embedding module with another weight.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its bias, padding and scale are used; it is not changed.
+    x : Tensor, (…, d_in), or token ids (…) of an embedding
+    weight : Tensor
+        As the module stores it: (d_out, d_in), (d_in, d_out) for Conv1D, (V, d) for an embedding.
+
+    Returns
+    -------
+    Tensor, (…, d_out)
+
+    Examples
+    --------
+    >>> import torch
+    >>> apply_weight(nn.Linear(2, 1, bias=False), torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
+    tensor([[7.]])
+    """
     if isinstance(module, nn.Embedding):
         return F.embedding(x, weight, module.padding_idx) * getattr(module, "embed_scale", 1.0)
     return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T, module.bias)  # type: ignore[arg-type]

@@ -21,7 +21,18 @@ HEADS = ("classifier", "lm_head")  # roles
 
 
 def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module that holds a weight by its path in the base model, as it is without adapters."""
+    """Yield every module by its path in the base model, as it is without adapters.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Those that wrap a module are passed over, and so is what hangs below it.
+
+    Examples
+    --------
+    >>> [path for path, _ in list_modules(nn.Sequential(nn.Linear(1, 1)))]
+    ['', '0']
+    """
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
@@ -33,7 +44,13 @@ def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the base model's own parameters by their names without adapters; tied ones once."""
+    """Return the base model's own parameters by their names without adapters; tied ones once.
+
+    Examples
+    --------
+    >>> list(base_parameters(nn.Linear(1, 1)))
+    ['weight', 'bias']
+    """
     parameters = dict(model.named_parameters())
     return {WRAPPED.sub("", name): parameters[name] for name in _own_names(model, parameters)}
 
@@ -129,12 +146,24 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def base_matrix(module: nn.Module, site: Site) -> Tensor:
-    """Return the base weight (d_out, d_in) of a site, shared memory where strides allow."""
+    """Return the base weight of a site.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The base's own, at the site's path.
+    site : Site
+
+    Returns
+    -------
+    Tensor, (d_out, d_in)
+        In its stored dtype, of shared memory where strides allow; of a fused matrix's part its rows alone.
+    """
     return _weight(module) if site.whole and site.kind != "conv1d" else view_matrix(_weight(module), site.view)
 
 
 def base_bias(module: nn.Module, site: Site) -> Tensor | None:
-    """Return the bias (d_out,) of a site's rows, or None."""
+    """Return the bias (d_out,) of a site's rows, those of its part alone; None where the module has none."""
     bias = getattr(module, "bias", None)
     if bias is None or site.whole:
         return bias
@@ -142,7 +171,13 @@ def base_bias(module: nn.Module, site: Site) -> Tensor | None:
 
 
 def refuse_embeddings(sites: Sequence[Site], method: str) -> None:
-    """Refuse embeddings among the sites of a method that has no form for them; OptionError names the first."""
+    """Refuse embeddings among the sites of a method that has no form for them.
+
+    Raises
+    ------
+    OptionError
+        Naming the first.
+    """
     for site in sites:
         if site.kind == "embedding":
             message = (

@@ -59,15 +59,20 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
             **{key: _plain(value) for key, value in asdict(attachment.options).items()},
         }
     if method.sites:
-        paths = list(dict.fromkeys(site.path for site in attachment.sites))
-        alike = _named_alike(paths, [path for path, _ in list_modules(attachment.model)])
-        exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
-        config["target_modules"] = "|".join(map(re.escape, paths)) if exact else paths
-        if alike and not exact:
-            config["exclude_modules"] = alike
-        config["fan_in_fan_out"] = any(site.kind == "conv1d" for site in attachment.sites)
+        config |= _name_targets(attachment, method)
     config |= method.to_peft(attachment.options)
     return config if _all_whole(attachment) else state_ranks(config, attachment, adapter_tensors(attachment))
+
+
+def _name_targets(attachment: Attachment, method: Method) -> PeftConfig:
+    """Say in PEFT's fields where an adapter acts: at its modules, and not at those whose names end in theirs."""
+    paths = list(dict.fromkeys(site.path for site in attachment.sites))
+    alike = _named_alike(paths, [path for path, _ in list_modules(attachment.model)])
+    exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
+    named: PeftConfig = {"target_modules": "|".join(map(re.escape, paths)) if exact else paths}
+    if alike and not exact:
+        named["exclude_modules"] = alike
+    return named | {"fan_in_fan_out": any(site.kind == "conv1d" for site in attachment.sites)}
 
 
 def adapter_tensors(attachment: Attachment) -> dict[str, Tensor]:
@@ -79,7 +84,7 @@ def adapter_tensors(attachment: Attachment) -> dict[str, Tensor]:
 
 
 def head_tensors(attachment: Attachment, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is stored whole, under the names that PEFT gives it beside such an adapter."""
+    """Return what is stored whole (by its names in the model) under PEFT's names for it beside such an adapter."""
     layers = METHODS[attachment.method].sites or _type_of(attachment).startswith(OWN)
     return {f"{PREFIX if layers else ROOT}{name}": tensor for name, tensor in heads.items()}
 
@@ -168,7 +173,13 @@ def _named_alike(paths: Sequence[str], modules: Iterable[str]) -> list[str]:
 
 
 def name_method(config: PeftConfig) -> str | None:
-    """Name the method of a stored adapter by its config; None where none of ours reads it."""
+    """Name the method of a stored adapter by its config; None where none of ours reads it.
+
+    Examples
+    --------
+    >>> name_method({"peft_type": "VERA"}), name_method({"peft_type": "LOHA"})
+    ('vera', None)
+    """
     kind, own = config.get("peft_type"), config.get("method")
     if isinstance(kind, str) and kind.startswith(OWN) and isinstance(own, str) and own in METHODS:
         return own

@@ -32,7 +32,24 @@ def measure_changes(
     options: CompareOptions,
     progress: Callable[[Step], None] | None,
 ) -> list[ChangeSummary]:
-    """Analyse every training's ΔW into a run under ``place``, and summarise each over the matrices that it changes."""
+    """Analyse every training's ΔW into a run under ``place``, and summarise each over the matrices that it changes.
+
+    Parameters
+    ----------
+    base : Base
+        Of all of them.
+    trainings : sequence of FinishedTraining
+    place : Path
+        What is finished there is not computed again.
+    options : CompareOptions
+    progress : callable, optional
+        Called with a Step after each matrix.
+
+    Returns
+    -------
+    list of ChangeSummary
+        One for each training; all None where there is no ΔW.
+    """
     changing = [trained for trained in trainings if trained.changes_weights]
     runs = [
         analyze_against(

@@ -179,7 +179,14 @@ def _count_roles(attachment: Attachment) -> tuple[RoleCount, ...]:
 
 
 def describe_left_out(left_out: Iterable[LeftOut]) -> str:
-    """Say in one line what targets leave out, the same of all blocks together; "" where that is nothing."""
+    """Say in one line what targets leave out, the same of all blocks together; "" where that is nothing.
+
+    Examples
+    --------
+    >>> left = [LeftOut(f"h.{n}.experts", (4, 8, 2), ("up_proj",), n, "experts stacked") for n in range(3)]
+    >>> describe_left_out(left)
+    'Left out: 192 parameters, in h.*.experts (3 of 4 × 8 × 2): experts stacked.'
+    """
     alike: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for one in left_out:
         pattern = one.tensor if one.depth is None else re.sub(rf"\.{one.depth}\.", ".*.", one.tensor, count=1)
@@ -194,5 +201,5 @@ def describe_left_out(left_out: Iterable[LeftOut]) -> str:
 
 
 def counts_to_json(counts: Counts) -> dict[str, Any]:
-    """Lay counts out for JSON."""
+    """Return what ``deltaspec count --json`` prints: the fields of Counts, and its ``bytes``."""
     return {**asdict(counts), "bytes": counts.bytes}

@@ -95,7 +95,7 @@ def make_plan(base: str, recipe: Recipe) -> TrainingPlan:
 
 
 def list_notes(plan: TrainingPlan, *, device: torch.device) -> Iterator[str]:
-    """Say what was left out of the data and of the model, and in which dtype was measured and saved."""
+    """Yield what was left out of the data and of the model, and in which dtype was measured and saved, as sentences."""
     stored, used = (choose_dtype(plan.checkpoint, "auto", device=place) for place in (torch.device("meta"), device))
     if stored.itemsize < torch.float32.itemsize:
         kind = "float32" if plan.method.space == "base" else str(used).removeprefix("torch.")

@@ -115,5 +115,11 @@ def _match(patterns: Mapping[str, float], path: str, *, default: float) -> float
 
 
 def whole_number(number: float) -> float:
-    """Return an int where it is one, as PEFT writes them."""
+    """Return an int where it is one, as PEFT writes them.
+
+    Examples
+    --------
+    >>> whole_number(16.0), whole_number(0.5)
+    (16, 0.5)
+    """
     return int(number) if number == int(number) else number

@@ -21,8 +21,7 @@ def principal_factors(matrix: Tensor, rank: int, *, scaling: float) -> tuple[Ten
 
     Returns
     -------
-    lora_A : Tensor, (r, d_in), float64
-    lora_B : Tensor, (d_out, r), float64
+    lora_A, lora_B : Tensor, (r, d_in) and (d_out, r), float64
         Zero beyond the matrix's own rank.
 
     Raises
@@ -40,7 +39,6 @@ def principal_factors(matrix: Tensor, rank: int, *, scaling: float) -> tuple[Ten
 
     Examples
     --------
-    >>> import torch
     >>> lora_A, lora_B = principal_factors(torch.diag(torch.tensor([1.0, 8.0])), 1, scaling=2.0)
     >>> 2.0 * lora_B @ lora_A
     tensor([[0., 0.],
