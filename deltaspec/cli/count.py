@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltaspec.cli.methods import method_options, parse_method, parse_targets
+from deltaspec.options.recipe import Recipe
 
 if TYPE_CHECKING:
     from deltaspec.workflows.training.count import Counts
@@ -26,11 +27,11 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
     fetched. Nothing is loaded, so any size is quick. Needs the extra ``train``.
     """
     method, options = parse_method(given)
-    targets = parse_targets(given)
+    recipe = Recipe(method=method, method_options=options, targets=parse_targets(given))
     from deltaspec.workflows.training.count import count as run_count
     from deltaspec.workflows.training.count import counts_to_json
 
-    counts = run_count(model, method, options, targets=targets, task=task, labels=labels)
+    counts = run_count(model, recipe, task=task, labels=labels)
     click.echo(json.dumps(counts_to_json(counts)) if as_json else render_counts(counts))
 
 

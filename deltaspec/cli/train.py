@@ -37,14 +37,14 @@ def train(model: str, data: str, out: Path, as_json: bool, quiet: bool, **given:
     The same command goes on where a stopped one was. Several processes: accelerate launch --no_python deltaspec train
     … . Needs the extra ``train``.
     """
-    chosen = parse_training(given)
+    recipe = parse_training(data, given)
     from deltaspec.workflows.training.train import train as run_training
 
     first = os.environ.get("RANK", "0") == "0"
     progress = Ticks(quiet=quiet or not first)
     with stoppable(), progress:
         try:
-            report = run_training(model, data, out, **chosen, **given, progress=progress)
+            report = run_training(model, out, recipe, **given, progress=progress)
         except NumericalError as failure:
             click.echo(f"Error: {failure}", err=True)
             sys.exit(1)

@@ -10,6 +10,7 @@ import click
 
 from deltaspec.cli.methods import parse_method, parse_targets
 from deltaspec.errors import OptionError
+from deltaspec.options.recipe import DataSources, Recipe
 from deltaspec.options.training import PRECISIONS, SAVED, SCHEDULES, TASKS, DataOptions, LoopOptions, RunOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,8 +55,8 @@ def training_options(function: F) -> F:
     return click.option("--lr", default=str(defaults["lr"]), show_default=True, metavar="X[,X…]", help=text)(function)
 
 
-def parse_training(given: dict[str, Any]) -> dict[str, Any]:
-    """Take all flags of a training out of a command's arguments, as the arguments of workflows.train.
+def parse_training(data: str, given: dict[str, Any]) -> Recipe:
+    """Take all flags of a training on these data out of a command's arguments.
 
     Raises
     ------
@@ -70,19 +71,19 @@ def parse_training(given: dict[str, Any]) -> dict[str, Any]:
     targets = parse_targets(given)
     named = {name: given.pop(name) for name in HELP}
     settings = [{field.name: named[field.name] for field in fields(kind) if field.name in named} for kind in KINDS]
-    data, loop, run = DataOptions(**settings[0]), LoopOptions(lr=rates[0], **settings[1]), RunOptions(**settings[2])
+    reading, loop, run = DataOptions(**settings[0]), LoopOptions(lr=rates[0], **settings[1]), RunOptions(**settings[2])
     others = {name: given.pop(f"forget_{name}") for name in FORGET}
-    other = replace(data, **{name: value for name, value in others.items() if value is not None})
-    return {
-        "method": method,
-        "method_options": chosen,
-        "targets": targets,
-        "data_options": data,
-        "loop": loop,
-        "run": run,
-        "forget_options": other,
-        "rates": rates if len(rates) > 1 else [],
-    }
+    return Recipe(
+        DataSources(data, held=given.pop("eval_data"), forget=given.pop("forget")),
+        method=method,
+        method_options=chosen,
+        targets=targets,
+        data=reading,
+        forget_data=replace(reading, **{name: value for name, value in others.items() if value is not None}),
+        loop=loop,
+        rates=rates if len(rates) > 1 else [],
+        run=run,
+    )
 
 
 def _parse_rates(text: str) -> list[float]:

@@ -199,14 +199,34 @@ def find_shift(update: Update, base: nn.Module) -> Tensor | None:
 
 
 def widen(part: Tensor, update: Update, base: nn.Module) -> Tensor:
-    """Put what belongs to a site's outputs (…, d_part) among all outputs (…, d_out) of its module, zeros elsewhere."""
+    """Put what belongs to a site's outputs among all outputs of its module.
+
+    Parameters
+    ----------
+    part : Tensor, (…, d_part)
+    update : Update
+        At the site.
+    base : nn.Module
+        Its module, of d_out outputs.
+
+    Returns
+    -------
+    Tensor, (…, d_out)
+        Zeros elsewhere.
+    """
     if update.site.whole:
         return part
     return put_outputs(part.new_zeros(*part.shape[:-1], find_sides(base)[0]), part, update.site.view)
 
 
 def find_sides(base: nn.Module) -> tuple[int, int]:
-    """Return (d_out, d_in) of a module's whole matrix, (V, d) of an embedding, and (d, d) of a norm."""
+    """Return (d_out, d_in) of a module's whole matrix, (V, d) of an embedding, and (d, d) of a norm.
+
+    Examples
+    --------
+    >>> find_sides(nn.Linear(3, 5)), find_sides(nn.Embedding(7, 2)), find_sides(nn.LayerNorm(4))
+    ((5, 3), (7, 2), (4, 4))
+    """
     weight = base.weight
     assert isinstance(weight, Tensor)
     rows, columns = weight.shape[0], weight.shape[-1]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaspec.errors import OptionError
+from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta, View
-
-if TYPE_CHECKING:
-    from deltaspec.training.sites.site import Site
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -69,6 +67,10 @@ class Update(nn.Module):
         """Return what is stored of it, the parameters themselves, by the end of their stored names (PEFT's if any)."""
         raise NotImplementedError
 
+    def shared(self) -> dict[str, Tensor]:
+        """Return what it has in common with the adapter's other updates, by whole stored names; nothing by default."""
+        return {}
+
 
 class Adapted(nn.Module):
     """A module with the updates of any number of adapters, those in ``active`` at work in this order.
@@ -120,6 +122,17 @@ class Adapted(nn.Module):
         return self.base(x) if y is None else y
 
 
+def wrap(model: nn.Module, path: str) -> Adapted:
+    """Put a module into an Adapted, or return the one that is there."""
+    module = model.get_submodule(path)
+    if isinstance(module, Adapted):
+        return module
+    wrapper = Adapted(module)
+    wrapper.training = wrapper.updates.training = module.training
+    model.set_submodule(path, wrapper)
+    return wrapper
+
+
 def _apply(update: Update, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
     """Let an update change its rows of a module's outputs."""
     site = update.site
@@ -157,14 +170,40 @@ def check_free(model: nn.Module, name: str | None = None) -> None:
 
 
 def apply_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    """Run a linear, Conv1D or embedding module with another weight, as stored ((d_in, d_out) for Conv1D)."""
+    """Run a linear, Conv1D or embedding module with another weight.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its bias, padding and scale are used; it is not changed.
+    x : Tensor, (…, d_in), or token ids (…) of an embedding
+    weight : Tensor
+        As the module stores it: (d_out, d_in), (d_in, d_out) for Conv1D, (V, d) for an embedding.
+
+    Returns
+    -------
+    Tensor, (…, d_out)
+
+    Examples
+    --------
+    >>> import torch
+    >>> apply_weight(nn.Linear(2, 1, bias=False), torch.ones(1, 2), torch.tensor([[3.0, 4.0]]))
+    tensor([[7.]])
+    """
     if isinstance(module, nn.Embedding):
         return F.embedding(x, weight, module.padding_idx) * getattr(module, "embed_scale", 1.0)
     return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T, module.bias)  # type: ignore[arg-type]
 
 
 def put_outputs(y: Tensor, part: Tensor, view: View) -> Tensor:
-    """Return a fused module's outputs (…, d_out) with one part's (…, d_part) replaced; not in place."""
+    """Return a fused module's outputs (…, d_out) with one part's (…, d_part) replaced; not in place.
+
+    Examples
+    --------
+    >>> import torch
+    >>> put_outputs(torch.zeros(4), torch.ones(2), View((2, 4), start=2, stop=4))
+    tensor([0., 0., 1., 1.])
+    """
     height, start, stop = view.split(y.shape[-1])
     grouped = y.reshape(*y.shape[:-1], view.groups, height)
     inside = part.reshape(*part.shape[:-1], view.groups, stop - start)

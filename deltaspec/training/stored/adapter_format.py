@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,11 +18,12 @@ from deltaspec.training.sites.model_sites import list_modules, list_sites
 from deltaspec.training.sites.site import Site
 from deltaspec.training.stored.fused_parts import join_parts, state_ranks
 from deltaspec.training.stored.whole_tensors import ROOT, put_whole, refuse_biases
+from deltaspec.types.methods import MethodOptions, PeftConfig
 
 OWN = "DELTASPEC_"  # begins the peft_type of what PEFT cannot hold
 
 
-def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, heads: Sequence[str]) -> dict[str, Any]:
+def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, heads: Sequence[str]) -> PeftConfig:
     """Return the content of ``adapter_config.json``; PEFT's where it can hold the adapter.
 
     Parameters
@@ -44,7 +44,7 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
         its options.
     """
     method, whole = METHODS[attachment.method], _outermost(attachment.model, heads)
-    config: dict[str, Any] = {
+    config: PeftConfig = {
         "peft_type": _type_of(attachment),
         "peft_version": VERSION,
         "task_type": task_type,
@@ -54,17 +54,26 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
         "modules_to_save": whole or None,
     }
     if config["peft_type"].startswith(OWN) or method.to_peft is None:
-        return {**config, "method": attachment.method, **_plain(asdict(attachment.options))}
+        return {
+            **config,
+            "method": attachment.method,
+            **{key: _plain(value) for key, value in asdict(attachment.options).items()},
+        }
     if method.sites:
-        paths = list(dict.fromkeys(site.path for site in attachment.sites))
-        alike = named_alike(paths, (path for path, _ in list_modules(attachment.model)))
-        exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
-        config["target_modules"] = "|".join(map(re.escape, paths)) if exact else paths
-        if alike and not exact:
-            config["exclude_modules"] = alike
-        config["fan_in_fan_out"] = any(site.kind == "conv1d" for site in attachment.sites)
+        config |= _name_targets(attachment, method)
     config |= method.to_peft(attachment.options)
     return config if _all_whole(attachment) else state_ranks(config, attachment, adapter_tensors(attachment))
+
+
+def _name_targets(attachment: Attachment, method: Method) -> PeftConfig:
+    """Say in PEFT's fields where an adapter acts: at its modules, and not at those whose names end in theirs."""
+    paths = list(dict.fromkeys(site.path for site in attachment.sites))
+    alike = named_alike(paths, [path for path, _ in list_modules(attachment.model)])
+    exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
+    named: PeftConfig = {"target_modules": "|".join(map(re.escape, paths)) if exact else paths}
+    if alike and not exact:
+        named["exclude_modules"] = alike
+    return named | {"fan_in_fan_out": any(site.kind == "conv1d" for site in attachment.sites)}
 
 
 def adapter_tensors(attachment: Attachment) -> dict[str, Tensor]:
@@ -76,13 +85,13 @@ def adapter_tensors(attachment: Attachment) -> dict[str, Tensor]:
 
 
 def head_tensors(attachment: Attachment, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what is stored whole, under the names that PEFT gives it beside such an adapter."""
+    """Return what is stored whole (by its names in the model) under PEFT's names for it beside such an adapter."""
     layers = METHODS[attachment.method].sites or _type_of(attachment).startswith(OWN)
     return {f"{PREFIX if layers else ROOT}{name}": tensor for name, tensor in heads.items()}
 
 
 def attach_stored(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, name: str = "default"
+    model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], *, name: str = "default"
 ) -> Attachment:
     """Attach a stored adapter of any method, and put whole tensors stored beside it into the model's own modules.
 
@@ -137,7 +146,7 @@ def _all_whole(attachment: Attachment) -> bool:
     return all(site.whole for site in attachment.sites)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return options as JSON gives them back: lists instead of tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -158,15 +167,21 @@ def _outermost(model: nn.Module, heads: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def name_method(config: Mapping[str, Any]) -> str | None:
-    """Name the method of a stored adapter by its config; None where none of ours reads it."""
+def name_method(config: PeftConfig) -> str | None:
+    """Name the method of a stored adapter by its config; None where none of ours reads it.
+
+    Examples
+    --------
+    >>> name_method({"peft_type": "VERA"}), name_method({"peft_type": "LOHA"})
+    ('vera', None)
+    """
     kind, own = config.get("peft_type"), config.get("method")
     if isinstance(kind, str) and kind.startswith(OWN) and isinstance(own, str) and own in METHODS:
         return own
     return next((name for name, method in METHODS.items() if method.peft and method.peft == kind), None)
 
 
-def _find_method(config: Mapping[str, Any]) -> tuple[str, Method]:
+def _find_method(config: PeftConfig) -> tuple[str, Method]:
     kind, name = config.get("peft_type"), name_method(config)
     if name is None:
         known = ", ".join(sorted({method.peft for method in METHODS.values() if method.peft}))
@@ -175,11 +190,11 @@ def _find_method(config: Mapping[str, Any]) -> tuple[str, Method]:
     return str(kind), METHODS[name]
 
 
-def _read_options(method: Method, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def _read_options(method: Method, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> MethodOptions:
     """Make a method's options from a stored config; whatever is wrong with it is one CheckpointError."""
     try:
         if not str(config["peft_type"]).startswith(OWN) and method.from_peft:
-            options = method.from_peft(dict(config), shapes)
+            options = method.from_peft(config, shapes)
         else:
             values = {field.name: config[field.name] for field in fields(method.options)}
             options = method.options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.errors import OptionError
+from deltaspec.options.recipe import OptionValue, Recipe
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_parameters
 from deltaspec.training.sites.site import Site
 from deltaspec.training.sites.targets import LeftOut, choose_sites, list_left_out
+from deltaspec.types.methods import MethodOptions
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
 
 
@@ -59,27 +61,15 @@ class Counts:
         return {"stored": 4 * self.stored, "head": 4 * self.head, "optimizer": 8 * (self.trainable + self.head)}
 
 
-def count(
-    ref: str | Path,
-    method: str = "lora",
-    options: Mapping[str, Any] | None = None,
-    *,
-    targets: TargetOptions | None = None,
-    task: str = "",
-    labels: int = 0,
-) -> Counts:
+def count(ref: str | Path, recipe: Recipe | None = None, *, task: str = "", labels: int = 0) -> Counts:
     """Count what a method would train on a model, from its config alone.
 
     Parameters
     ----------
     ref : str or Path
         A folder with a config.json, such a file, or a hub id, of which only config.json is fetched.
-    method : str
-        Its name in METHODS.
-    options : mapping of str to value, optional
-        Fields of the method's options; those left out keep their defaults.
-    targets : TargetOptions, optional
-        Which matrices it changes; the method's own by default.
+    recipe : Recipe, optional
+        Of which ``method``, ``method_options`` and ``targets`` count; LoRA by default.
     task : str
         ``classification`` or ``causal-lm``: with the head that the task needs; empty takes what the config names.
     labels : int
@@ -98,14 +88,15 @@ def count(
     MissingPackageError
         If transformers is not installed.
     """
-    chosen, targets = make_options(method, options or {}), targets or TargetOptions()
+    recipe = recipe or Recipe()
+    chosen = make_options(recipe.method, recipe.method_options)
     model = build_skeleton(describe_skeleton(ref, task=task, labels=labels))
-    sites = choose_method_sites(model, method, targets)
-    attachment = METHODS[method].attach(model, sites, chosen, name="default", seed=0)
-    return count_parameters(model, attachment, targets=targets)
+    sites = choose_method_sites(model, recipe.method, recipe.targets)
+    attachment = METHODS[recipe.method].attach(model, sites, chosen, name="default", seed=0)
+    return count_parameters(model, attachment, targets=recipe.targets)
 
 
-def make_options(method: str, options: Mapping[str, Any]) -> Any:
+def make_options(method: str, options: Mapping[str, OptionValue]) -> MethodOptions:
     """Make a method's options from those that were given.
 
     Raises
@@ -120,7 +111,8 @@ def make_options(method: str, options: Mapping[str, Any]) -> Any:
     if unknown := [name for name in options if name not in known]:
         message = f"'{unknown[0]}' does not belong to the method {method}: it takes {', '.join(known) or 'no options'}."
         raise OptionError(message)
-    return METHODS[method].options(**options)
+    made: MethodOptions = METHODS[method].options(**options)
+    return made
 
 
 def choose_method_sites(model: nn.Module, method: str, targets: TargetOptions) -> list[Site]:
@@ -187,7 +179,14 @@ def _count_roles(attachment: Attachment) -> tuple[RoleCount, ...]:
 
 
 def describe_left_out(left_out: Iterable[LeftOut]) -> str:
-    """Say in one line what targets leave out, the same of all blocks together; "" where that is nothing."""
+    """Say in one line what targets leave out, the same of all blocks together; "" where that is nothing.
+
+    Examples
+    --------
+    >>> left = [LeftOut(f"h.{n}.experts", (4, 8, 2), ("up_proj",), n, "experts stacked") for n in range(3)]
+    >>> describe_left_out(left)
+    'Left out: 192 parameters, in h.*.experts (3 of 4 × 8 × 2): experts stacked.'
+    """
     alike: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for one in left_out:
         pattern = one.tensor if one.depth is None else re.sub(rf"\.{one.depth}\.", ".*.", one.tensor, count=1)
@@ -202,5 +201,5 @@ def describe_left_out(left_out: Iterable[LeftOut]) -> str:
 
 
 def counts_to_json(counts: Counts) -> dict[str, Any]:
-    """Lay counts out for JSON."""
+    """Return what ``deltaspec count --json`` prints: the fields of Counts, and its ``bytes``."""
     return {**asdict(counts), "bytes": counts.bytes}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,10 @@ from deltaspec.architecture.views import view_matrix
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_parameters, identify_parameters, list_sites, module_at
 from deltaspec.training.sites.site import Site
+from deltaspec.types.methods import MethodOptions
 
 
-class Trained:
+class TrainedInPlace:
     """Parameters of the base that are trained in place, and their originals.
 
     The originals are cloned when it is made, before gradients and moments take their memory, so that training's peak
@@ -83,11 +83,13 @@ class BaseAttachment(Attachment):
         Which, by their names in the running model; those that hold no floating-point numbers are left out.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], *, name: str, method: str, options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], *, name: str, method: str, options: MethodOptions
+    ) -> None:
         super().__init__(model, name=name, method=method, options=options)
         self.found, known = identify_parameters(model), base_parameters(model)
         chosen = set(names)
-        self.base = Trained({n: p for n, p in known.items() if n in chosen and p.is_floating_point()})
+        self.base = TrainedInPlace({n: p for n, p in known.items() if n in chosen and p.is_floating_point()})
         by_id = {id(parameter): n for n, parameter in self.base.parameters.items()}
         sites = list_sites(model, split=True)
         weights = {site.path: by_id.get(id(module_at(model, site.path).weight)) for site in sites}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
-from deltaspec.training.methods.base_weights.own import Trained
+from deltaspec.training.methods.base_weights.own import TrainedInPlace
 from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, check_bottleneck, check_placement, place
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
@@ -81,6 +80,13 @@ def apply_kronecker(x: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> T
     References
     ----------
     Mahabadi et al., Compacter, NeurIPS 2021, equation 5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> shared, left, right = torch.eye(2).expand(2, 2, 2), torch.ones(2, 1), torch.ones(2, 2)
+    >>> apply_kronecker(torch.tensor([1.0, 2.0, 3.0, 4.0]), shared, left, right)
+    tensor([ 6., 14.])
     """
     inner = x.reshape(*x.shape[:-1], shared.shape[0], -1) @ right.T  # (…, column of A, i)
     mixed = torch.einsum("iab,...bi->...ai", shared, inner)
@@ -104,7 +110,7 @@ class CompacterUpdate(Update):
         generator: torch.Generator,
     ) -> None:
         super().__init__(site)
-        self.options, self.shared = options, shared
+        self.options, self.factors_A = options, shared
         like, n, d = base_matrix(base, site), options.factors, site.shape[0]
         r = d // options.reduction
         if not r or d % n or r % n:
@@ -125,8 +131,8 @@ class CompacterUpdate(Update):
     def forward(self, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
         """Return y + weight · the bottleneck of y."""
         del x, base
-        h = apply_kronecker(y.to(self.up_s.dtype), self.shared, self.down_s, self.down_t) + self.down_bias
-        added = apply_kronecker(ACTIVATIONS[self.options.activation](h), self.shared, self.up_s, self.up_t)
+        h = apply_kronecker(y.to(self.up_s.dtype), self.factors_A, self.down_s, self.down_t) + self.down_bias
+        added = apply_kronecker(ACTIVATIONS[self.options.activation](h), self.factors_A, self.up_s, self.up_t)
         return y + (weight * (added + self.up_bias)).to(y.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,16 +140,18 @@ class CompacterUpdate(Update):
         names = ("down_s", "down_t", "down_bias", "up_s", "up_t", "up_bias")
         return {f"compacter_{name}": getattr(self, name) for name in names}
 
+    def shared(self) -> dict[str, Tensor]:
+        """Return the A_i."""
+        return {SHARED: self.factors_A}
+
 
 class CompacterAttachment(Attachment):
     """Compacter's updates and the base's normalisations in training."""
 
-    def __init__(
-        self, model: nn.Module, updates: Sequence[Update], *, name: str, options: Any, shared: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(model, updates, name=name, method="compacter", options=options, shared=shared)
+    def __init__(self, model: nn.Module, updates: Sequence[Update], *, name: str, options: CompacterOptions) -> None:
+        super().__init__(model, updates, name=name, method="compacter", options=options)
         norms = find_norms(model) if options.norms else {}
-        self.norms = Trained(norms)
+        self.norms = TrainedInPlace(norms)
         self.hooks = _widen(model, norms)
 
     def enable(self, weight: float) -> None:
@@ -199,12 +207,12 @@ def _widen(model: nn.Module, norms: Mapping[str, nn.Parameter]) -> list[Removabl
     return hooks
 
 
-def _widen_inputs(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen_inputs(module: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
     del module
     return tuple(value.float() if isinstance(value, Tensor) else value for value in given)
 
 
-def _narrow_outputs(module: nn.Module, given: tuple[Any, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
+def _narrow_outputs(module: nn.Module, given: tuple[object, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
     del module, given
     return found.to(dtype)
 
@@ -212,7 +220,7 @@ def _narrow_outputs(module: nn.Module, given: tuple[Any, ...], found: Tensor, *,
 def attach(
     model: nn.Module, sites: Sequence[Site], options: CompacterOptions, *, name: str, seed: int
 ) -> CompacterAttachment:
-    """Put a Kronecker bottleneck after every site of the placement.
+    """Put a Kronecker bottleneck after every site of the placement; arguments as of every method's attach, see Method.
 
     Raises
     ------
@@ -226,7 +234,7 @@ def attach(
     updates = [
         CompacterUpdate(site, module_at(model, site.path), options, shared=shared, generator=generator) for site in kept
     ]
-    return CompacterAttachment(model, updates, name=name, options=options, shared={SHARED: shared})
+    return CompacterAttachment(model, updates, name=name, options=options)
 
 
 METHOD = Method(

@@ -11,10 +11,10 @@ from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
 from deltaspec.training.methods.lora.options import LoraOptions
 from deltaspec.training.methods.lora.peft_config import from_peft, to_peft
-from deltaspec.training.methods.lora.update import BiasUpdate, LoraUpdate
+from deltaspec.training.methods.lora.update import BiasUpdate, EmbeddingLora, LinearLora, LoraUpdate
 from deltaspec.training.sites.adapted import Update
-from deltaspec.training.sites.attachment import Attachment, Group, Method, check_ranks, fill
-from deltaspec.training.sites.model_sites import HEADS, kind_of, list_modules, list_sites, module_at
+from deltaspec.training.sites.attachment import Attachment, Group, Method, fill
+from deltaspec.training.sites.model_sites import HEADS, check_ranks, kind_of, list_modules, list_sites, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey, View
 
@@ -23,6 +23,8 @@ START = (".pissa_A", ".pissa_B")
 
 class LoraAttachment(Attachment):
     """LoRA at every site, and the biases that are trained beside it."""
+
+    options: LoraOptions
 
     @property
     def sites(self) -> list[Site]:
@@ -53,11 +55,7 @@ class LoraAttachment(Attachment):
         """Return PEFT's tensors of an adapter of the base as it is; those of PiSSA have twice its rank."""
         found: dict[str, Tensor] = {}
         for name, update in self.updates.items():
-            own = (
-                update.released(pissa=self.options.init == "pissa")
-                if isinstance(update, LoraUpdate)
-                else update.tensors()
-            )
+            own = update.released() if isinstance(update, LoraUpdate) else update.tensors()
             found |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in own.items()}
         return found
 
@@ -91,7 +89,10 @@ def attach(model: nn.Module, sites: Sequence[Site], options: LoraOptions, *, nam
             message = f"--lora-bias is set, but '{site.name}' is an embedding: leave it out of --targets."
             raise OptionError(message)
     generator = torch.Generator().manual_seed(seed)
-    updates: list[Update] = [LoraUpdate(site, module_at(model, site.path), options, generator) for site in sites]
+    updates: list[Update] = []
+    for site in sites:
+        kind = EmbeddingLora if site.kind == "embedding" else LinearLora
+        updates.append(kind(site, module_at(model, site.path), options, generator))
     if options.bias != "none":
         whole = {site.path for site in sites if site.whole}
         paths = {site.path for site in sites} if options.bias == "lora_only" else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from deltaspec.architecture.peft_names import PREFIX, find_pattern
 from deltaspec.errors import CheckpointError
+from deltaspec.types.methods import PeftConfig
 
 if TYPE_CHECKING:
     from deltaspec.training.methods.lora.options import LoraOptions
@@ -29,7 +30,7 @@ FOREIGN = (
 )
 
 
-def to_peft(options: LoraOptions) -> dict[str, Any]:
+def to_peft(options: LoraOptions) -> PeftConfig:
     """Return the fields of PEFT's LoraConfig; of PiSSA twice the rank at the same scaling, for the base as it is.
 
     Parameters
@@ -57,7 +58,7 @@ def to_peft(options: LoraOptions) -> dict[str, Any]:
     }
 
 
-def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LoraOptions:
+def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> LoraOptions:
     """Read PEFT's LoraConfig; ranks of single modules come from their factors' shapes.
 
     Parameters
@@ -113,5 +114,11 @@ def _match(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
 
 
 def whole_number(number: float) -> float:
-    """Return an int where it is one, as PEFT writes them."""
+    """Return an int where it is one, as PEFT writes them.
+
+    Examples
+    --------
+    >>> whole_number(16.0), whole_number(0.5)
+    (16, 0.5)
+    """
     return int(number) if number == int(number) else number

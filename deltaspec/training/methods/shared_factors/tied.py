@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from deltaspec.training.methods.shared_factors.vera import ScaledUpdate, check_vectors
-from deltaspec.training.sites.attachment import Attachment, Method, check_ranks, make_parameter
-from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
+from deltaspec.training.methods.shared_factors.projections import ScaledUpdate
+from deltaspec.training.methods.shared_factors.vera import check_vectors
+from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
+from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
 
 SHARED = ("base_model.tied_A", "base_model.tied_B")
@@ -45,12 +46,19 @@ class TiedUpdate(ScaledUpdate):
     """The vectors of one site, under names of their own."""
 
     names = VECTORS
+    shared_names = SHARED
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: TiedOptions, *, name: str, seed: int) -> Attachment:
     """Put Tied-LoRA at every site: one pair of d rows and columns, d the largest of the layers' smaller sides.
 
-    That is the model's width; layers that are wider (FFN) repeat the pair, as published counts require.
+    That is the model's width; layers that are wider (FFN) repeat the pair, as published counts require. Arguments are
+    as of every method's attach, see Method.
+
+    Raises
+    ------
+    OptionError
+        If a site is an embedding, or the rank exceeds its sides.
     """
     refuse_embeddings(sites, "tied")
     check_ranks(sites, options.rank)
@@ -62,12 +70,21 @@ def attach(model: nn.Module, sites: Sequence[Site], options: TiedOptions, *, nam
         for shape in ((options.rank, width), (width, options.rank))
     )
     updates = [TiedUpdate(site, (first, second), options) for site in sites]
-    shared = dict(zip(SHARED, (first, second), strict=True))
-    return Attachment(model, updates, name=name, method="tied", options=options, shared=shared)
+    return Attachment(model, updates, name=name, method="tied", options=options)
 
 
 def bound(factor: torch.Tensor) -> float:
-    """Return Kaiming's bound of a factor's values, √(6 / fan-in)."""
+    """Return Kaiming's bound of a factor's values, √(6 / fan-in).
+
+    Parameters
+    ----------
+    factor : Tensor, (rows, fan-in)
+
+    Examples
+    --------
+    >>> bound(torch.empty(2, 6))
+    1.0
+    """
     return math.sqrt(6 / factor.shape[1])
 
 
