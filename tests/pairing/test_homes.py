@@ -8,6 +8,7 @@ import deltaspec
 from deltaspec.errors import PairingError
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters, pair_split_biases
 from deltaspec.pairing.homes import factor_shape, find_homes
+from deltaspec.pairing.names import natural_order
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import View
 from tests.pairing.headers import adapter, checkpoint, family, spec, term
@@ -51,6 +52,8 @@ def test_a_stack_of_factors_against_experts_of_any_layout(name):
     plan = pair_adapter(family(name), lora, OPTIONS)
     found = {(pair.key.role, pair.key.expert): pair for pair in plan.pairs}
     assert len(found) == len(plan.pairs) == 9
+    names = [pair.key.tensor for pair in plan.pairs]
+    assert names == sorted(names, key=natural_order)  # the base's, though a path of the adapter may mean several
     rows = {"gate_proj": (0, 40), "up_proj": (40, 80), "down_proj": (0, 24)}
     for (role, expert), pair in found.items():
         start, stop = rows[role]
@@ -97,6 +100,21 @@ def test_every_part_of_a_fused_module_takes_its_rows_of_the_product():
     assert [str(note) for note in plan.notes] == [
         f"{others} matrices of the base have no factors in the adapter: their delta is zero"
     ]
+
+
+def test_factors_of_a_head_that_is_the_embedding_go_there_beside_those_of_other_modules():
+    embed, q = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj"
+    base = checkpoint({embed: (9, 4), f"{q}.weight": (4, 4)}, model_type="llama")
+    lora = adapter({q: term(q, 4, 4), "lm_head": term("lm_head", 9, 4)})
+    plan = pair_adapter(base, lora, OPTIONS)
+    assert [(pair.key.tensor, pair.key.role, pair.tuned.terms) for pair in plan.pairs] == [
+        (embed, "embed", (lora.modules["lm_head"],)),
+        (f"{q}.weight", "q_proj", (lora.modules[q],)),
+    ]
+    assert str(plan.notes[0]) == f"'lm_head.weight' is not stored in the base: its factors change the tied '{embed}'"
+    for wrong in (term("lm_head", 9, 5), term("lm_head", 8, 4)):
+        with pytest.raises(PairingError, match="targets 'lm_head.weight', which base lacks"):
+            pair_adapter(base, adapter({"lm_head": wrong}), OPTIONS)
 
 
 DINO = "encoder.layer.0.mlp.weights_in"
