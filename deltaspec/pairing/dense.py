@@ -160,7 +160,8 @@ def _pair_other_layouts(
         shapes = {name: spec.shape for name, spec in tuned.tensors.items() if not unreadable(spec)}
         other = identify(shapes, tuned.config or base.config)
     ours, theirs = _unique_places(known, in_base), _unique_places(other, in_tuned)
-    shared = sorted(ours.keys() & theirs.keys(), key=lambda p: natural_order(ours[p][1].key.tensor))
+    shared = [place for place in ours if place in theirs]  # parts of one tensor in the order of their rows
+    shared.sort(key=lambda place: natural_order(ours[place][1].key.tensor))
     for place in shared:
         (name, mine), (tuned_name, found) = ours[place], theirs[place]
         sources = MatrixSource(in_base[name], mine.view), MatrixSource(in_tuned[tuned_name], found.view)

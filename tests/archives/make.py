@@ -94,8 +94,9 @@ def adapters(scratch: Path) -> None:
 
 def trainings(scratch: Path) -> None:
     """Write a base with data, finished trainings of it, one that was stopped, and a comparison."""
-    from tests.tiny_models import build, save  # they need transformers, which reading the archive does not
     from tests.workflows.train_case import write_classes
+
+    from tests.tiny_models import build, save  # they need transformers, which reading the archive does not
 
     save(build("bert", num_hidden_layers=1), scratch / "bert")
     settings = scratch / "bert" / "tokenizer_config.json"

@@ -179,6 +179,21 @@ def test_a_direction_that_vanishes_is_refused_where_it_counts():
     cast_factors(factors_of([], [], rank=0), "fp16")
 
 
+@pytest.mark.parametrize(("share", "refused"), [(0.9, False), (1.1, True)])
+def test_what_may_vanish_is_less_than_rounding_loses(share, refused):
+    """A direction of eps² of the product's energy: fp16 rounds each factor by up to eps/2."""
+    kept = factors_of([1, 0, 1], [1, 0, 1])
+    energy = float((kept.lora_A.square().sum(1) * kept.lora_B.square().sum(0)).sum())
+    gone = factors_of([0, 2e-8, 0], [0, 1, 0])
+    weight = float((gone.lora_A.square().sum(1) * gone.lora_B.square().sum(0)).sum())
+    factors = factors_of([1, 2e-8, 1], [1, math.sqrt(share * 2.0**-20 * energy / weight), 1])
+    if refused:
+        with pytest.raises(NumericalError, match="its direction 2 of 3"):
+            cast_factors(factors, "fp16")
+    else:
+        assert not bool(cast_factors(factors, "fp16")[0][1].any())
+
+
 def test_dtype_names_are_those_of_the_file_format():
     for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
         assert OPTIONS[name].torch == dtype

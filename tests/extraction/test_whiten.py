@@ -185,6 +185,27 @@ def test_moments_that_make_no_sense_are_refused():
         factor_moments(good, 5)
 
 
+@pytest.mark.parametrize("least", [0.5, 0.0, -0.5 * 2.0**-46, -0.5 * 2.0**-32, -0.9 * 2.0**-20])
+def test_the_factor_is_that_of_the_moments_and_the_least_shift_that_serves(least):
+    """δ = ‖S‖·d·eps·8ᵏ: with d = 32, of 2⁻⁴⁷, 2⁻⁴⁴ … 2⁻²⁰ the first above what is missing to zero."""
+    values = torch.ones(32, dtype=torch.float64)
+    norm = np.sqrt(31 + max(least, 0.0) ** 2)
+    values[5] = least if least > 0 else least * norm
+    root = factor_moments(torch.diag(values), 32)
+    shift = next(2.0**power for power in range(-47, -19, 3) if 2.0**power > -least) * norm
+    assert torch.equal(root, root.tril())
+    found = (root @ root.mT).numpy()
+    assert found[5, 5] - float(values[5]) == pytest.approx(shift, rel=1e-2, abs=2e-16)
+    assert np.allclose(found, np.diag(values.numpy() + shift), rtol=0, atol=4e-16)
+
+
+def test_a_shift_beyond_the_rounding_of_float32_is_refused():
+    values = torch.ones(32, dtype=torch.float64)
+    values[5] = -1.1 * 2.0**-20 * np.sqrt(31)
+    with pytest.raises(NumericalError, match="expected none below 0"):
+        factor_moments(torch.diag(values), 32)
+
+
 def test_moments_are_read_and_not_written():
     _, moments = inputs_of(16, 9)
     before = moments.clone()

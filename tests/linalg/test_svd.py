@@ -91,6 +91,16 @@ def test_error_bounds_hold_where_values_fall_over_many_decades(shape, decades):
     assert abs(full.singular_values.numpy() - exact).max() <= full.error_bound <= 1e-13
 
 
+@pytest.mark.parametrize("shape", [(120, 80), (80, 120), (9, 1), (40, 40)])
+def test_error_bounds_are_their_formulas(shape):
+    """√((d + side)·eps)·‖D‖ on the Gram route, d·eps·σ₁ on the exact one, with d the longer side."""
+    matrix = np.random.default_rng(4).standard_normal(shape)
+    gram, _ = decompose(in_blocks(torch.from_numpy(matrix)), shape, device=CPU)
+    assert gram.error_bound == pytest.approx(np.sqrt(sum(shape) * 2.0**-52) * np.linalg.norm(matrix), rel=1e-12, abs=0)
+    exact, _ = decompose(in_blocks(torch.from_numpy(matrix)), shape, device=CPU, exact=True)
+    assert exact.error_bound == pytest.approx(max(shape) * 2.0**-52 * np.linalg.norm(matrix, 2), rel=1e-12, abs=0)
+
+
 @pytest.mark.parametrize("method", ["gram64+numpy", "gram64+torch", "gram64+twostage"])
 def test_all_eigensolvers_serve_the_same_values(method, monkeypatch):
     matrix = torch.from_numpy(np.random.default_rng(1).standard_normal((60, 50)))

@@ -124,6 +124,28 @@ def test_each_route_is_taken_where_it_should_be(route):
     assert (found.values is None) == (route == "krylov32")
 
 
+def test_the_first_value_left_out_is_what_the_estimate_reckons_with():
+    """A tail too small to be known from the Gram matrix: taking the last value kept for the next would leave no gap."""
+    matrix = with_spectrum((90, 60), np.r_[np.geomspace(1, 1e-3, 20), np.full(40, 1e-8)])
+    found = truncate(in_blocks(matrix), (90, 60), device=CPU, rank=20)
+    check(matrix, found, 20)
+    assert found.method == "gram64+onestage"
+    assert found.excess < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(100, 40), (40, 100)])
+@pytest.mark.parametrize("rank", [31, 40, lambda values: 31])
+def test_values_that_drown_are_neither_kept_nor_missed(shape, rank):
+    """Thirty values just below d·eps·σ₁: together more than rounding, and none of them a direction."""
+    matrix = torch.zeros(shape, dtype=torch.float64)
+    matrix.diagonal()[:31] = 0.9 * 100 * 2.0**-52
+    matrix[0, 0] = 1.0
+    found = truncate(in_blocks(matrix), shape, device=CPU, rank=rank)
+    check(matrix, found, 1)
+    assert found.method == "qr+svd64"
+    assert found.residual == pytest.approx(30 * (0.9 * 100 * 2.0**-52) ** 2, rel=1e-6, abs=0)
+
+
 @pytest.mark.parametrize("rank", [1, 4, 90])
 def test_without_openblas_torch_serves(rank, monkeypatch):
     monkeypatch.setattr(routes, "find_openblas", lambda: None)

@@ -194,3 +194,21 @@ def test_factors_of_a_head_that_the_base_ties_pair_with_its_embedding(tmp_path):
     run = deltaspec.analyze(base, lora, tmp_path / "run", options=OPTIONS)
     assert run.records[0].metrics["base_norm"] == pytest.approx(float(state[embed].double().norm()))
     assert any("tied" in note for note in run.manifest["notes"])
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("alpha", [8, 3])
+def test_factors_of_head_and_embedding_are_one_change_where_they_are_equal(same, alpha, tmp_path):
+    embed = "model.embed_tokens"
+    state = {f"{embed}.weight": torch.randn(9, 4), "model.layers.0.mlp.up_proj.weight": torch.randn(6, 4)}
+    base = write(tmp_path / "base", state, {"model_type": "llama"})
+    first, second = factors(9, 4), factors(9, 4, seed=0 if same else 1)
+    lora = adapter(tmp_path / "lora", {embed: first, "lm_head": second}, alpha=alpha)
+    run = deltaspec.analyze(base, lora, tmp_path / "run", options=OPTIONS)
+    notes = " ".join(run.manifest["notes"])
+    assert ("is tied to" in notes, "has factors of its own" in notes) == (same, not same)
+    assert {r.key.role for r in run.records} == ({"embed"} if same else {"embed", "lm_head"})
+    for record in run.records:
+        a, b = first if record.key.role == "embed" else second
+        assert record.metrics["frobenius_norm"] == pytest.approx(alpha / 4 * float((b.double() @ a.double()).norm()))
+        assert record.metrics["base_norm"] == pytest.approx(float(state[f"{embed}.weight"].double().norm()))

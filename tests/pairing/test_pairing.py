@@ -55,6 +55,18 @@ def test_equal_names_pair_and_a_few_odd_ones_are_not_forced():
     assert note == ""
 
 
+def test_equality_wins_a_tie_with_a_change_of_prefix():
+    """Two names pair as they are and two under a prefix: the change must pair more, not as many."""
+    base = ["layers.0.weight", "layers.1.weight", "layers.2.weight", "layers.3.weight"]
+    tuned = [*base[:2], *("model." + name for name in base[2:])]
+    assert align_names(base, tuned) == ({name: name for name in base[:2]}, "")
+    mapping, note = align_names([*base, "layers.4.weight"], [*tuned, "model.layers.4.weight"])
+    assert mapping == {name: name for name in base[:2]} | {
+        f"layers.{i}.weight": f"model.layers.{i}.weight" for i in (2, 3, 4)
+    }
+    assert note
+
+
 def test_encoder_is_not_taken_for_decoder():
     base = ["encoder.layer.0.weight", "decoder.layer.0.weight"]
     mapping, _ = align_names(base, ["model." + n for n in base])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from deltaspec.spectra.evidence import Evidence
 from deltaspec.spectra.metrics import METRICS, measure
 from deltaspec.spectra.resolution import counts_rounding
 from deltaspec.types import Rounding, Spectrum
+from tests.oracle import reference
 
 
 def evidence(values, shape, **given):
@@ -20,6 +22,55 @@ def evidence(values, shape, **given):
 
 def rounding(ulp_energy, row_max=0.0, column_max=0.0, eps=2.0**-23):
     return Rounding(0.0, ulp_energy, row_max, column_max, eps, "BF16")
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (20, 20)])
+def test_every_metric_is_numpys(shape, dtype):
+    """From values, norm and rounding that NumPy gives; half of the rows or columns are untouched."""
+    rng = np.random.default_rng(0)
+    stored = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}[dtype]
+
+    def store(weights):
+        return torch.from_numpy(weights).to(stored).double().numpy()
+
+    base = store(rng.standard_normal(shape) * np.geomspace(1, 1e-2, shape[0])[:, None])
+    change = rng.standard_normal((shape[0], 5)) @ rng.standard_normal((5, shape[1]))
+    change[(slice(None, None, 2)) if shape[0] >= shape[1] else (slice(None), slice(None, None, 2))] = 0
+    tuned = store(base + 0.02 * change)
+    delta, changed = tuned - base, tuned != base
+    ulps = reference.ulp(tuned, dtype) ** 2
+    ulps *= changed.any(1, keepdims=True) if shape[0] >= shape[1] else changed.any(0, keepdims=True)
+    sums = (float(found) for found in (1 - changed.mean(), ulps.sum(), ulps.sum(1).max(), ulps.sum(0).max()))
+    values = torch.from_numpy(np.linalg.svd(delta, compute_uv=False))
+    found = measure(
+        Evidence(
+            Spectrum(values, shape, float((delta**2).sum()), "test", 0.0),
+            base_norm=float(np.linalg.norm(base)),
+            rounding=Rounding(*sums, 2.0 ** (-52 if dtype == "F64" else -23), dtype),
+        )
+    )
+    expected = reference.metrics(base, tuned, dtype)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-5, abs=0), name
+
+
+def test_no_value_within_the_error_bound_counts():
+    """Whatever the edge, a value no larger than its own error is not seen."""
+    spectrum = Spectrum(torch.tensor([3.0, 2.0, 1.0]).double(), (3, 50), 14.0, "test", 2.0)
+    found = measure(Evidence(spectrum, rounding=rounding(1e-9, 1e-9, 1e-9)))
+    assert [found[name] for name in ("numerical_rank", "rank_above_rounding", "rank_above_noise")] == [1, 1, 1]
+    assert measure(evidence([3.0, 2.0, 1.0], (3, 50), rounding=rounding(1e-9, 1e-9, 1e-9)))["numerical_rank"] == 3
+
+
+def test_an_empty_matrix_scores_nothing():
+    found = measure(evidence([], (0, 4), base_norm=1.0))
+    assert {name: value for name, value in found.items() if value} == {"base_norm": 1.0}
+    assert {name for name, value in found.items() if value is None} == {
+        *("unchanged_fraction", "update_to_ulp", "rounding_edge", "rank_above_rounding"),
+        *("energy_above_rounding", "resolved"),
+    }
 
 
 def test_equal_values_use_every_direction():
@@ -77,6 +128,7 @@ def test_a_weight_itself_has_no_delta_metrics():
 
 def test_numerical_rank_follows_the_stored_precision():
     values = [1.0, 1e-6, 1e-12]
+    assert measure(evidence([1.0, 1.1 * 5 * 2.0**-23, 0.9 * 5 * 2.0**-23], (5, 3)))["numerical_rank"] == 2
     assert measure(evidence(values, (3, 3), rounding=rounding(0.0)))["numerical_rank"] == 2
     assert measure(evidence(values, (3, 3), rounding=rounding(0.0, eps=2.0**-52)))["numerical_rank"] == 3
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from deltaspec.errors import RunError
 from deltaspec.spectra.evidence import Evidence
 from deltaspec.spectra.metrics import METRICS, measure
 from deltaspec.store.record import LONGEST_NAME, file_stem
-from deltaspec.store.run import Run
+from deltaspec.store.run import Run, differences
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 
 MANIFEST = {
@@ -60,6 +61,59 @@ def test_a_record_comes_back_bit_for_bit(tmp_path):
     frame = loaded.to_pandas()
     assert frame.shape == (1, len(row))
     assert frame["frobenius_norm"][0] == put.metrics["frobenius_norm"]
+
+
+def test_vectors_of_a_spectrum_are_kept_in_single_precision(tmp_path):
+    run = Run.create_or_resume(tmp_path / "run", MANIFEST)
+    put, spectrum = record("w", spectrum_of="base")
+    left, right = torch.randn(3, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64).mT
+    run.put(put, replace(spectrum, left=left, right=right))
+    found = Run.load(run.path).spectrum("w#base")
+    assert torch.equal(found.left, left.float())
+    assert torch.equal(found.right, right.float())
+    assert (found.shape, found.method, found.error_bound) == ((3, 4), "gram64+numpy", 1e-9)
+    run.put(put, spectrum)
+    assert Run.load(run.path).spectrum("w#base").left is None
+    assert Run.load(run.path).records == [put]  # read again where it was cached before it was written
+
+
+def test_records_are_in_the_order_of_the_plan_and_what_is_not_planned_comes_last(tmp_path):
+    names = ["b", "c", "a", "none"]
+    run = Run.create_or_resume(tmp_path / "run", {**MANIFEST, "planned": names[:3], "skipped": [{"tensor": "x"}]})
+    for name in reversed(names):
+        run.put(*record(name, depth=None if name == "none" else 1))
+    loaded = Run.load(run.path)
+    assert [one.key.tensor for one in loaded.records] == names
+    assert (loaded.missing, loaded.skipped, loaded.vectors) == ([], [{"tensor": "x"}], [])
+    assert {path.name for path in (run.path / "matrices").iterdir()} == {"1", "none"}
+    rows = [{"tensor": "norm", "base_norm": 1.5}]
+    run.put_vectors(rows)
+    assert Run.load(run.path).vectors == rows
+    assert repr(run) == f"Run('{run.path}')"
+
+
+def test_records_of_another_run_are_copied_where_they_are_missing(tmp_path):
+    mine, other = (Run.create_or_resume(tmp_path / name, MANIFEST) for name in ("mine", "other"))
+    (own, spectrum), (theirs, _), (gone, _) = (record(name) for name in ("own", "theirs", "gone"))
+    mine.put(own, spectrum)
+    other.put(replace(own, seconds=9.0), spectrum)
+    other.put(theirs, spectrum)
+    mine.adopt(other, [(one.key, one.store_key) for one in (own, theirs, gone)])
+    found = {one.key.tensor: one.seconds for one in Run.load(mine.path).records}
+    assert found == {"own": own.seconds, "theirs": theirs.seconds}
+
+
+def test_differences_are_said_in_words_and_references_may_differ():
+    old = {"base": {"ref": "a", "revision": "x", "files": {"m": 1, "n": 2}}, "options": {"k": 1}, "deltaspec": "1"}
+    new = {"base": {"ref": "b", "revision": "y", "files": {"m": 1, "o": 3}}, "options": None, "deltaspec": "1"}
+    assert list(differences(old, old)) == []
+    assert list(differences(old, new)) == [
+        "base.files.n was 2, now None",
+        "base.files.o was None, now 3",
+        "options was {'k': 1}, now None",
+    ]
+    assert list(differences(old, new, ["options"], "a.")) == ["a.options was {'k': 1}, now None"]
+    assert list(differences({"n": 1}, {"n": 2})) == []  # what does not make the identity
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -139,7 +193,8 @@ def test_a_damaged_record_is_computed_again(tmp_path):
         ("{", "cannot be read"),
         ("[]", "is not a deltaspec run"),
         ('{"format": "other"}', "is not a deltaspec run"),
-        ('{"format": "deltaspec-run", "version": 99}', "upgrade"),
+        ('{"format": "deltaspec-run"}', "format version None, .* upgrade"),
+        ('{"format": "deltaspec-run", "version": 2}', "format version 2, this deltaspec reads up to 1: upgrade"),
     ],
 )
 def test_what_is_no_run_is_said_to_be_none(content, said, tmp_path):
@@ -151,8 +206,11 @@ def test_what_is_no_run_is_said_to_be_none(content, said, tmp_path):
 
 def test_a_folder_of_something_else_is_not_filled(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunError, match="is not a run directory"):
-        Run.create_or_resume(tmp_path, MANIFEST)
+    for folder in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(RunError, match="is not a run directory"):
+            Run.create_or_resume(folder, MANIFEST)
+    with pytest.raises(RunError, match="cannot be written"):
+        Run.create_or_resume(tmp_path / "thesis.tex" / "inside", MANIFEST)
 
 
 def test_a_damaged_record_names_its_file(tmp_path):

@@ -279,6 +279,19 @@ def test_packing_is_that_of_calibration(tmp_path, length):
     assert padding(words) == words.eos_token_id
 
 
+@pytest.mark.parametrize(("tokens", "sizes"), [(9, [4, 4]), (10, [4, 4, 2]), (8, [4, 4]), (5, [4]), (3, [3])])
+def test_the_rest_of_a_packed_text_is_kept_unless_it_is_one_token(tokens, sizes):
+    """One token alone has none to predict; two have one."""
+
+    class Words(SimpleNamespace):
+        __call__ = staticmethod(lambda texts, **_: {"input_ids": [list(range(10, 10 + tokens)) for _ in texts]})
+
+    words = Words(model_max_length=10**30, eos_token_id=None)
+    examples = encode(Table("file", ["text"], [1], []), replace(LM, length=4), words)
+    assert examples.lengths.tolist() == sizes
+    assert examples.ids.tolist() == list(range(10, 10 + sum(sizes)))
+
+
 def test_texts_are_parted_before_they_are_packed(tmp_path):
     words, path = tokenizer(tmp_path / "t", causal=True), write_text(tmp_path / "a.txt", lines=20)
     options = replace(LM, holdout=0.3)
