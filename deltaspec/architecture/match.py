@@ -11,7 +11,7 @@ from typing import Any
 from deltaspec.architecture.patterns import EXPERT, Entry, Family, load_families, select_families
 from deltaspec.architecture.sizes import Sizes, read_model_types, read_sizes
 from deltaspec.architecture.views import alternating_parts, attention_parts, equal_parts, whole
-from deltaspec.types import Identified, MatrixKey, Shape, View
+from deltaspec.types import KnownMatrix, MatrixKey, Shape, View
 
 DIGITS = re.compile(r"[0-9]+")
 STACKED = re.compile(r"(?:^|\.)experts(?:\.|$)")
@@ -29,7 +29,7 @@ class Identification:
     ``guessed`` names the tensors that no family knew, or whose parts could not be told apart with certainty.
     """
 
-    matrices: dict[str, tuple[Identified, ...]]
+    matrices: dict[str, tuple[KnownMatrix, ...]]
     vectors: dict[str, MatrixKey]
     family: str
     guessed: tuple[str, ...]
@@ -49,10 +49,17 @@ def identify(tensors: Mapping[str, Shape], config: dict[str, Any]) -> Identifica
     -------
     Identification
         Every tensor is in ``matrices`` or in ``vectors``; ``family`` is "generic" if none is known.
+
+    Examples
+    --------
+    >>> name = "model.layers.3.self_attn.q_proj.weight"
+    >>> (found,) = identify({name: (8, 8)}, {"model_type": "llama"}).matrices[name]
+    >>> found.key.role, found.key.depth, found.view.shape
+    ('q_proj', 3, (8, 8))
     """
     families, declared = _choose_families(tensors, config)
     sizes = read_sizes(config, declared=declared)
-    matrices: dict[str, tuple[Identified, ...]] = {}
+    matrices: dict[str, tuple[KnownMatrix, ...]] = {}
     vectors: dict[str, MatrixKey] = {}
     for name, shape in tensors.items():
         if len(shape) < 2 or BIAS.search(name):
@@ -112,7 +119,7 @@ def _identify_vector(name: str, shape: Shape, *, families: Sequence[Family]) -> 
 
 def _identify_matrices(
     name: str, shape: Shape, *, families: Sequence[Family], sizes: tuple[Sizes, Sizes]
-) -> tuple[Identified, ...]:
+) -> tuple[KnownMatrix, ...]:
     text, vision = sizes
     *known, generic = families
     if found := _find_entry(name, shape, families=known):
@@ -124,33 +131,33 @@ def _identify_matrices(
     return tuple(replace(guess, guessed=True) for guess in guesses)
 
 
-def _read(shape: Shape, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[Identified, ...]:
+def _read(shape: Shape, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[KnownMatrix, ...]:
     if not entry.experts:
         return _split(whole(shape, transposed=entry.transposed), entry, key=key, sizes=sizes)
     if len(shape) != 3:
         return _split(whole(shape), entry, key=key, sizes=sizes)
     if 0 in shape:
-        return (Identified(replace(key, role=entry.unsplit_role), whole(shape), guessed=True),)
+        return (KnownMatrix(replace(key, role=entry.unsplit_role), whole(shape), guessed=True),)
     view = whole(shape, expert=0, transposed=entry.transposed)
     found = _split(view, entry, key=key, sizes=sizes)
     # Orientation and order of a stack are conventions of the family, invisible in the shape.
     if not sizes.declared or sizes.hidden not in (None, view.shape[0 if entry.role == "down_proj" else 1]):
-        found = (Identified(replace(key, role=entry.unsplit_role), view, guessed=True),)
+        found = (KnownMatrix(replace(key, role=entry.unsplit_role), view, guessed=True),)
     return tuple(_of_expert(matrix, expert) for expert in range(shape[0]) for matrix in found)
 
 
-def _split(view: View, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[Identified, ...]:
+def _split(view: View, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[KnownMatrix, ...]:
     if not entry.parts:
-        return (Identified(replace(key, role=entry.role), view),)
+        return (KnownMatrix(replace(key, role=entry.role), view),)
     views = _part_views(view, entry, sizes=sizes)
     # Other models give the same names to other layouts, so names alone make a split a guess.
     guessed = not views or not sizes.declared
     if not views and entry.layout == "blocks" and view.shape[0] == 3 * view.shape[1]:
         views = equal_parts(view, 3)
     if not views:
-        return (Identified(replace(key, role=entry.unsplit_role), view, guessed=True),)
+        return (KnownMatrix(replace(key, role=entry.unsplit_role), view, guessed=True),)
     parts = zip(entry.parts, views, strict=True)
-    return tuple(Identified(replace(key, part=role, role=role), part, guessed=guessed) for role, part in parts)
+    return tuple(KnownMatrix(replace(key, part=role, role=role), part, guessed=guessed) for role, part in parts)
 
 
 def _part_views(view: View, entry: Entry, *, sizes: Sizes) -> tuple[View, ...]:
@@ -167,14 +174,14 @@ def _part_views(view: View, entry: Entry, *, sizes: Sizes) -> tuple[View, ...]:
     return equal_parts(view, count)
 
 
-def _of_expert(matrix: Identified, expert: int) -> Identified:
+def _of_expert(matrix: KnownMatrix, expert: int) -> KnownMatrix:
     return replace(matrix, key=replace(matrix.key, expert=expert), view=replace(matrix.view, expert=expert))
 
 
-def _list_stacks(matrices: dict[str, tuple[Identified, ...]], vectors: dict[str, MatrixKey]) -> set[str]:
+def _list_stacks(matrices: dict[str, tuple[KnownMatrix, ...]], vectors: dict[str, MatrixKey]) -> set[str]:
     keys = [*(matrix.key for found in matrices.values() for matrix in found), *vectors.values()]
     return {key.stack for key in keys if key.depth is not None}
 
 
-def _without_stack(matrix: Identified) -> Identified:
+def _without_stack(matrix: KnownMatrix) -> KnownMatrix:
     return replace(matrix, key=replace(matrix.key, stack="")) if matrix.key.stack else matrix

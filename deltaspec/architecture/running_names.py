@@ -102,6 +102,11 @@ def place_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, tup
     -------
     dict
         Stored name → one place; several where transformers splits the tensor.
+
+    Examples
+    --------
+    >>> place_tensors(["h.0.ln_1.weight"], {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    {'h.0.ln_1.weight': (Place(name='transformer.h.0.ln_1.weight', expert=None, part=0, parts=1),)}
     """
     kind, headed = str(config.get("model_type", "")), _architecture(config)
     rules = LEGACY + RENAMED.get(kind, ())

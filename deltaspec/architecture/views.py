@@ -58,6 +58,11 @@ def whole(shape: Shape, *, expert: int | None = None, transposed: bool = False) 
     -------
     View
         One group with all rows.
+
+    Examples
+    --------
+    >>> whole((4, 8, 6), expert=2, transposed=True).shape
+    (6, 8)
     """
     rows, *rest = shape if expert is None else shape[1:]
     columns = math.prod(rest)

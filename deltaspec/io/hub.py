@@ -16,7 +16,11 @@ PATIENCE = 5.0  # seconds until an unreachable hub is given up, name lookup incl
 
 
 def parse_id(ref: str, *, suffixes: tuple[str, ...]) -> tuple[str, str] | None:
-    """Split ``owner/name[@revision]`` or ``name@revision``; None where ``ref`` can only be a path."""
+    """Split ``owner/name[@revision]`` or ``name@revision``; None where ``ref`` can only be a path.
+
+    >>> parse_id("owner/name@v1", suffixes=()), parse_id("name", suffixes=())
+    (('owner/name', 'v1'), None)
+    """
     match = ID.fullmatch(ref)
     if match is None or ".." in ref or match["repo"].endswith(suffixes):
         return None

@@ -126,14 +126,22 @@ def _block_size(config: dict[str, Any], *, source: Path) -> tuple[int, int]:
 
 
 def scale_grid(shape: Shape, scale: Shape) -> Shape:
-    """Return a scale's shape with as many axes as its tensor: one for all, one per row or expert, or a grid."""
+    """Return a scale's shape with as many axes as its tensor: one for all, one per row or expert, or a grid.
+
+    >>> scale_grid((4, 8), ()), scale_grid((4, 8), (4,)), scale_grid((256, 256), (2, 2))
+    ((1, 1), (4, 1), (2, 2))
+    """
     if math.prod(scale) == 1:
         return (1,) * len(shape)
     return scale + (1,) * (len(shape) - 1) if len(scale) == 1 else scale
 
 
 def fit_block(shape: Shape, grid: Shape, default: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the block (rows, columns) with which a grid of scales covers a matrix; None where none does."""
+    """Return the block (rows, columns) with which a grid of scales covers a matrix; None where none does.
+
+    >>> fit_block((256, 300), (2, 3), (128, 128)), fit_block((256, 300), (2, 5), (128, 128))
+    ((128, 128), None)
+    """
     sizes = []
     for length, count, size in zip(shape, grid, default, strict=True):
         fitting = length if count == 1 else size if count == -(-length // size) else 1 if count == length else 0

@@ -39,6 +39,11 @@ def choose_weights(names: Collection[str]) -> tuple[str, ...]:
     -------
     tuple of str
         One ``*.index.json``, or weight files; empty where there are none.
+
+    Examples
+    --------
+    >>> choose_weights(["config.json", "pytorch_model.bin", "model.safetensors"])
+    ('model.safetensors',)
     """
     top = sorted((name for name in names if "/" not in name), key=lambda name: (len(name), name))
     for suffixes in ((".safetensors",), PICKLED):
@@ -53,7 +58,11 @@ def choose_weights(names: Collection[str]) -> tuple[str, ...]:
 
 
 def missing_shards(names: Collection[str]) -> list[str]:
-    """Return the files that the numbering of others (…-00001-of-00003…) promises and that are not there."""
+    """Return the files that the numbering of others (…-00001-of-00003…) promises and that are not there.
+
+    >>> missing_shards(["model-00001-of-00002.safetensors"])
+    ['model-00002-of-00002.safetensors']
+    """
     promised: set[str] = set()
     for name in names:
         if match := NUMBERED.fullmatch(name):

@@ -10,16 +10,16 @@ from deltaspec.architecture.running_names import Place
 from deltaspec.errors import PairingError
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import AnalyzeOptions
-from deltaspec.pairing.dense import VOCABULARY_ROLES, pair_tensor
+from deltaspec.pairing.dense import pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened
 from deltaspec.pairing.homes import Homes, factor_shape, find_homes, pair_factors, weight_of
 from deltaspec.pairing.names import natural_order
-from deltaspec.pairing.plan import Plan, VectorPair, chosen, refuse_shapes, unreadable
+from deltaspec.pairing.plan import Pairing, Plan, VectorPair, refuse_shapes, unreadable
 from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import (
     AdapterIndex,
     Checkpoint,
-    Identified,
+    KnownMatrix,
     LowRankSource,
     LowRankTerm,
     MatrixKey,
@@ -28,8 +28,6 @@ from deltaspec.types import (
     View,
     WeightPair,
 )
-
-Wrong = list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
 def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions) -> Plan:
@@ -48,27 +46,14 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
     homes = find_homes(base, [*tuned.full, *tuned.modules], plan)  # factors go before a weight saved beside them
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
+    work = Pairing(plan, known, options)
     _pair_tied(plan, base, tuned, homes, known)
-    wrong: Wrong = []
     rows = [(name, place, path) for path, found in homes.items() for name, place in found]
     for name, place, path in sorted(rows, key=lambda row: (natural_order(row[0]), row[1].part)):
-        if not chosen(name, options):
-            plan.leave_out(name)
-        elif path in tuned.modules:
-            pairs = pair_factors(known, base, name, term=tuned.modules[path], home=homes[path])
-            plan.pairs += pairs
-            if not pairs:
-                wrong.append((name, base.tensors[name].shape, factor_shape(tuned.modules[path])))
-        elif reason := unreadable(base.tensors[name]) or unreadable(tuned.full[path]):
-            plan.skip(name, NoteKind.UNREADABLE, reason)
-        elif place.expert is not None or place.parts > 1:
-            reason = "stored whole in the adapter in another layout: compare the merged checkpoints for it"
-            plan.skip(name, NoteKind.LAYOUT, reason)
-        else:
-            pair_tensor(plan, known, name, (base.tensors[name], tuned.full[path]), options, wrong)
-    _pair_biases(plan, base, tuned, homes, known, options)
-    roles = {part.key.role for name, *_ in wrong for part in known.matrices.get(name, ())}
-    refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
+        if not work.leaves_out(name):
+            _pair_home(work, base, tuned, (name, place, path), homes[path])
+    _pair_biases(work, base, tuned, homes)
+    work.refuse_shapes()
     for name in sorted(tuned.full.keys() - homes.keys(), key=natural_order):
         beside = name.removesuffix(".weight") in tuned.modules
         reason = "stored whole in the adapter, " + ("beside its factors" if beside else "and not in the base")
@@ -79,6 +64,25 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         f"{untouched} matrices of the base have no factors in the adapter: their delta is zero", NoteKind.UNTOUCHED
     )
     return plan
+
+
+def _pair_home(
+    work: Pairing, base: Checkpoint, tuned: AdapterIndex, row: tuple[str, Place, str], home: list[tuple[str, Place]]
+) -> None:
+    """Pair one tensor of the base, at a place in what the adapter names ``path``, with factors or a whole tensor."""
+    name, place, path = row
+    if path in tuned.modules:
+        pairs = pair_factors(work.known, base, name, term=tuned.modules[path], home=home)
+        work.plan.pairs += pairs
+        if not pairs:
+            work.wrong.append((name, base.tensors[name].shape, factor_shape(tuned.modules[path])))
+    elif reason := unreadable(base.tensors[name]) or unreadable(tuned.full[path]):
+        work.plan.skip(name, NoteKind.UNREADABLE, reason)
+    elif place.expert is not None or place.parts > 1:
+        reason = "stored whole in the adapter in another layout: compare the merged checkpoints for it"
+        work.plan.skip(name, NoteKind.LAYOUT, reason)
+    else:
+        pair_tensor(work, name, (base.tensors[name], tuned.full[path]))
 
 
 def _pair_tied(plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, known: Identification) -> None:
@@ -122,20 +126,19 @@ def _same_product(first: LowRankTerm, second: LowRankTerm) -> bool:
     return first.scaling == second.scaling and a.shape == c.shape and bool((a == c).all()) and bool((b == d).all())
 
 
-def _pair_biases(
-    plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, known: Identification, options: AnalyzeOptions
-) -> None:
+def _pair_biases(work: Pairing, base: Checkpoint, tuned: AdapterIndex, homes: Homes) -> None:
     for path, bias in tuned.biases.items():
         stored, place = homes.get(path, [(weight_of(path), Place(path))])[0]
         name = f"{stored.removesuffix('.weight')}.bias"
-        if not chosen(name, options):
-            plan.leave_out(name)
-        elif place.parts > 1:
+        if work.leaves_out(name):
+            continue
+        if place.parts > 1:
             reason = "an adapter's bias in another layout: compare the merged checkpoints for it"
-            plan.skip(name, NoteKind.LAYOUT, reason)
+            work.plan.skip(name, NoteKind.LAYOUT, reason)
         else:
-            key = known.vectors.get(name, MatrixKey(name, role="bias"))
-            plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=tuned.modules[path].scaling))
+            key = work.known.vectors.get(name, MatrixKey(name, role="bias"))
+            scaling = tuned.modules[path].scaling
+            work.plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=scaling))
 
 
 def pair_split_biases(base: Checkpoint, tuned: AdapterIndex) -> list[tuple[VectorPair, int]]:
@@ -179,39 +182,14 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
     plan = Plan()
     if base.base_model != tuned.base_model:
         plan.note(f"the adapters name different bases: '{base.base_model}' and '{tuned.base_model}'")
-    terms = {
-        path if any(a.modules[path].experts for a in (base, tuned) if path in a.modules) else weight_of(path): (
-            base.modules.get(path),
-            tuned.modules.get(path),
-        )
-        for path in {**base.modules, **tuned.modules}
-    }
-    shapes = {name: factor_shape(next(t for t in reversed(pair) if t)) for name, pair in terms.items()}
+    terms = _match_terms(base, tuned)
+    shapes = {name: factor_shape(next(term for term in reversed(pair) if term)) for name, pair in terms.items()}
     known = identify(shapes, {})
     plan.family = known.family
-    wrong = [
-        (name, factor_shape(a), factor_shape(b))
-        for name, (a, b) in terms.items()
-        if a and b and factor_shape(a) != factor_shape(b)
-    ]
-    refuse_shapes(wrong, vocabulary=False)
+    work = Pairing(plan, known, options)
     for name in sorted(terms, key=natural_order):
-        if not chosen(name, options):
-            plan.leave_out(name)
-            continue
-        first, second = terms[name]
-        for side, term in (("first", first), ("second", second)):
-            if term is None:
-                plan.note(f"'{name}' has no factors in the {side} adapter: zero there")
-        key = replace(known.matrices[name][0].key, part="", role=_role(known.matrices[name]))
-        minus = () if first is None else (replace(first, scaling=-first.scaling),)
-        plus = () if second is None else (second,)
-        experts = max(term.experts for term in (first, second) if term)
-        for expert in range(experts) if experts else (None,):
-            view = View(shapes[name], expert=expert)
-            sources = LowRankSource(() if first is None else (first,), view), LowRankSource(plus + minus, view)
-            own = key if expert is None else replace(key, expert=expert)
-            plan.pairs.append(WeightPair(own, view.shape, *sources))
+        if not work.leaves_out(name):
+            _pair_terms(work, name, terms[name], shapes[name])
     for name in sorted({*base.full, *tuned.full}, key=natural_order):
         reason = "stored whole in an adapter (modules_to_save): compare the merged checkpoints for it"
         plan.skip(name, NoteKind.WHOLE, reason)
@@ -220,7 +198,40 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
     return plan
 
 
-def _role(found: tuple[Identified, ...]) -> str:
+Terms = tuple[LowRankTerm | None, LowRankTerm | None]
+
+
+def _match_terms(base: AdapterIndex, tuned: AdapterIndex) -> dict[str, Terms]:
+    """Map the tensors that either adapter changes to the factors of both; PairingError where shapes disagree."""
+    terms: dict[str, Terms] = {}
+    for path in {**base.modules, **tuned.modules}:
+        pair = base.modules.get(path), tuned.modules.get(path)
+        stacked = any(term.experts for term in pair if term)
+        terms[path if stacked else weight_of(path)] = pair
+    both = [(name, factor_shape(a), factor_shape(b)) for name, (a, b) in terms.items() if a and b]
+    refuse_shapes([row for row in both if row[1] != row[2]], vocabulary=False)
+    return terms
+
+
+def _pair_terms(work: Pairing, name: str, pair: Terms, shape: tuple[int, int]) -> None:
+    """Pair the factors of one tensor, expert by expert where it is a stack."""
+    for side, term in zip(("first", "second"), pair, strict=True):
+        if term is None:
+            work.plan.note(f"'{name}' has no factors in the {side} adapter: zero there")
+    first, second = pair
+    found = work.known.matrices[name]
+    key = replace(found[0].key, part="", role=_role(found))
+    before = () if first is None else (first,)
+    change = (*(() if second is None else (second,)), *(replace(term, scaling=-term.scaling) for term in before))
+    experts = max(term.experts for term in pair if term)
+    for expert in range(experts) if experts else (None,):
+        view = View(shape, expert=expert)
+        sources = LowRankSource(before, view), LowRankSource(change, view)
+        own = key if expert is None else replace(key, expert=expert)
+        work.plan.pairs.append(WeightPair(own, view.shape, *sources))
+
+
+def _role(found: tuple[KnownMatrix, ...]) -> str:
     """Name a fused matrix's role as a whole: without the base's config its parts cannot be told apart."""
     if len(found) == 1:
         return found[0].key.role

@@ -9,11 +9,9 @@ from deltaspec.architecture.match import Identification, identify
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
-from deltaspec.pairing.plan import HEAD, Mismatch, Plan, VectorPair, chosen, is_head, refuse_shapes, unreadable
+from deltaspec.pairing.plan import HEAD, VOCABULARY_ROLES, Pairing, Plan, VectorPair, is_head, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
-from deltaspec.types import Checkpoint, Identified, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
-
-VOCABULARY_ROLES = {"embed", "lm_head"}
+from deltaspec.types import Checkpoint, KnownMatrix, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
 
 
 def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOptions) -> Plan:
@@ -30,27 +28,29 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
         plan.note(note)
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
-    left_out = _skip_early(plan, base, tuned, mapping, options)
+    work = Pairing(plan, known, options)
+    left_out = _skip_early(work, base, tuned, mapping)
     comparable = {name: found for name, found in known.matrices.items() if name not in left_out}
     tied = find_tied(base, tuned, mapping, replace(known, matrices=comparable))
-    for name, reason in tied.reasons.items():
-        if name not in left_out:
-            plan.skip(name, NoteKind.TIED, reason)
-            left_out.add(name)
-    wrong: list[Mismatch] = []
+    plan.skipped += [note for name, note in tied.notes.items() if name not in left_out]
+    left_out |= tied.notes.keys()
     for name in sorted((n for n in base.tensors if n in mapping and n not in left_out), key=natural_order):
-        pair_tensor(plan, known, name, (base.tensors[name], tuned.tensors[mapping[name]]), options, wrong)
-    _pair_untied_heads(plan, base, tuned, tied.heads, options, wrong)
-    settled = left_out | set(tied.heads) | set(tied.reasons)
+        pair_tensor(work, name, (base.tensors[name], tuned.tensors[mapping[name]]))
+    for head, embedding in tied.heads.items():
+        _pair_untied_head(work, head, embedding, (base.tensors[embedding], tuned.tensors[head]))
+    settled = left_out | set(tied.heads)
     _pair_other_layouts(plan, (base, tuned), known, (settled | set(mapping), settled | set(mapping.values())))
-    roles = {key.role for name, *_ in wrong for key in _keys(known, name)}
-    refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
+    work.refuse_shapes()
     _note_coarse_bases(plan)
+    _note_guesses(plan)
+    return plan
+
+
+def _note_guesses(plan: Plan) -> None:
     for pair in plan.pairs:
         if pair.guessed:
             place = "" if pair.key.depth is None else f" of block {pair.key.depth}"
             plan.note(f"'{pair.key.tensor}' is in no known family: taken for {pair.key.role}{place}")
-    return plan
 
 
 def _note_coarse_bases(plan: Plan) -> None:
@@ -68,24 +68,16 @@ def _note_coarse_bases(plan: Plan) -> None:
         )
 
 
-def _keys(known: Identification, name: str) -> list[MatrixKey]:
-    found = [identified.key for identified in known.matrices.get(name, ())]
-    return found + ([known.vectors[name]] if name in known.vectors else [])
-
-
-def _skip_early(
-    plan: Plan, base: Checkpoint, tuned: Checkpoint, mapping: dict[str, str], options: AnalyzeOptions
-) -> set[str]:
+def _skip_early(work: Pairing, base: Checkpoint, tuned: Checkpoint, mapping: dict[str, str]) -> set[str]:
     """List what cannot or shall not be compared; return the base names that are settled by it."""
-    settled = set()
+    plan, settled = work.plan, set()
     for name in sorted(base.tensors, key=natural_order):
         spec = base.tensors[name]
         other = tuned.tensors.get(mapping.get(name, ""))
         reason = unreadable(spec) or (unreadable(other) if other else "")
-        if not chosen(name, options):
+        if work.leaves_out(name):
             if other and not reason:
                 plan.excluded[name] = (spec, other)
-            plan.leave_out(name)
             settled.add(name)
         elif reason:
             plan.skip(name, NoteKind.UNREADABLE, reason)
@@ -93,67 +85,65 @@ def _skip_early(
     return settled
 
 
-def pair_tensor(
-    plan: Plan,
-    known: Identification,
-    name: str,
-    specs: tuple[TensorSpec, TensorSpec],
-    options: AnalyzeOptions,
-    wrong: list[Mismatch],
-) -> None:
-    """Add one tensor's matrices or its vector to the plan, or its shapes to ``wrong``; a head's are no mistake."""
+def pair_tensor(work: Pairing, name: str, specs: tuple[TensorSpec, TensorSpec]) -> None:
+    """Add one tensor's matrices or its vector to the plan, or its shapes to the wrong ones; a head's are no mistake.
+
+    Parameters
+    ----------
+    work : Pairing
+    name : str
+        In the base.
+    specs : tuple of TensorSpec
+        Of the base and of the tuned side.
+    """
     base, tuned = specs
     rows = None
     if base.shape != tuned.shape:
-        if is_head(known, name):
-            plan.heads.append((name, base.shape, tuned.shape))
-            plan.skip(name, NoteKind.HEAD, HEAD)
+        if is_head(work.known, name):
+            work.plan.heads.append((name, base.shape, tuned.shape))
+            work.plan.skip(name, NoteKind.HEAD, HEAD)
             return
-        differ_in_rows = len(base.shape) == len(tuned.shape) > 0 and base.shape[1:] == tuned.shape[1:]
-        vocabulary = bool({key.role for key in _keys(known, name)} & (VOCABULARY_ROLES | {"bias"}))
-        if options.vocab != "common" or not differ_in_rows or not vocabulary:
-            wrong.append((name, base.shape, tuned.shape))
+        rows = _shared_rows(work, name, specs)
+        if rows is None:
+            work.wrong.append((name, base.shape, tuned.shape))
             return
-        rows = min(base.shape[0], tuned.shape[0])
-        plan.note(f"'{name}': the first {rows} rows are compared, base has {base.shape[0]}, tuned {tuned.shape[0]}")
-    if name in known.vectors:
-        plan.vectors.append(VectorPair(known.vectors[name], base, tuned, rows=rows))
+    if name in work.known.vectors:
+        work.plan.vectors.append(VectorPair(work.known.vectors[name], base, tuned, rows=rows))
         return
-    for identified in known.matrices[name]:
+    for identified in work.known.matrices[name]:
         view = identified.view
         if rows is not None:
             view = replace(view, shape=(rows, view.shape[1]), start=0, stop=rows)
-        plan.pairs.append(
-            WeightPair(
-                identified.key, view.shape, MatrixSource(base, view), MatrixSource(tuned, view), identified.guessed
-            )
-        )
+        sources = MatrixSource(base, view), MatrixSource(tuned, view)
+        work.plan.pairs.append(WeightPair(identified.key, view.shape, *sources, identified.guessed))
 
 
-def _pair_untied_heads(
-    plan: Plan,
-    base: Checkpoint,
-    tuned: Checkpoint,
-    heads: dict[str, str],
-    options: AnalyzeOptions,
-    wrong: list[Mismatch],
-) -> None:
+def _shared_rows(work: Pairing, name: str, specs: tuple[TensorSpec, TensorSpec]) -> int | None:
+    """Return how many rows two sizes of a vocabulary share, where --vocab common asks for them; None otherwise."""
+    base, tuned = specs
+    differ_in_rows = len(base.shape) == len(tuned.shape) > 0 and base.shape[1:] == tuned.shape[1:]
+    vocabulary = {key.role for key in work.keys(name)} & (VOCABULARY_ROLES | {"bias"})
+    if work.options.vocab != "common" or not differ_in_rows or not vocabulary:
+        return None
+    rows = min(base.shape[0], tuned.shape[0])
+    work.plan.note(f"'{name}': the first {rows} rows are compared, base has {base.shape[0]}, tuned {tuned.shape[0]}")
+    return rows
+
+
+def _pair_untied_head(work: Pairing, head: str, embedding: str, specs: tuple[TensorSpec, TensorSpec]) -> None:
     """Compare a head that only the tuned model stores with the embedding that serves as head in the base."""
-    for head, embedding in heads.items():
-        if not chosen(head, options):
-            plan.leave_out(head)
-            continue
-        shape = tuned.tensors[head].shape
-        known = Identification({}, {head: MatrixKey(head, role="lm_head")}, "", ())
-        if len(shape) == 2:
-            found = identify({head: shape}, {}).matrices[head][0]
-            known.matrices[head] = (replace(found, key=replace(found.key, role="lm_head"), guessed=False),)
-            known.vectors.clear()
-        pair_tensor(plan, known, head, (base.tensors[embedding], tuned.tensors[head]), options, wrong)
-        plan.note(f"'{head}' is stored in the tuned model alone: compared with the base's tied '{embedding}'")
+    if work.leaves_out(head):
+        return
+    known, shape = Identification({}, {head: MatrixKey(head, role="lm_head")}, "", ()), specs[1].shape
+    if len(shape) == 2:
+        found = identify({head: shape}, {}).matrices[head][0]
+        found = replace(found, key=replace(found.key, role="lm_head"), guessed=False)
+        known = Identification({head: (found,)}, {}, "", ())
+    pair_tensor(replace(work, known=known), head, specs)
+    work.plan.note(f"'{head}' is stored in the tuned model alone: compared with the base's tied '{embedding}'")
 
 
-def _place(identified: Identified) -> tuple[object, ...]:
+def _place(identified: KnownMatrix) -> tuple[object, ...]:
     key = identified.key
     return (key.stack, key.role, key.depth, key.expert, identified.view.shape)
 
@@ -196,9 +186,9 @@ def _skip_rest(
 
 def _unique_places(
     known: Identification, names: dict[str, TensorSpec]
-) -> dict[tuple[object, ...], tuple[str, Identified]]:
+) -> dict[tuple[object, ...], tuple[str, KnownMatrix]]:
     """Map each place that exactly one matrix among ``names`` holds, and that says something, to that matrix."""
-    found: dict[tuple[object, ...], list[tuple[str, Identified]]] = {}
+    found: dict[tuple[object, ...], list[tuple[str, KnownMatrix]]] = {}
     for name in names:
         for identified in known.matrices.get(name, ()):
             if identified.key.depth is not None and identified.key.role not in ("other", "conv"):

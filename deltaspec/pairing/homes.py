@@ -49,7 +49,11 @@ def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
 
 
 def weight_of(path: str) -> str:
-    """Name the tensor that a module path adapts: its weight."""
+    """Name the tensor that a module path adapts: its weight.
+
+    >>> weight_of("model.layers.0.mlp.up_proj"), weight_of("mlp.router.weight")
+    ('model.layers.0.mlp.up_proj.weight', 'mlp.router.weight')
+    """
     return path if path.endswith((".weight", ".bias")) else f"{path}.weight"
 
 

@@ -10,7 +10,11 @@ FEW = 8  # a rest that more names share says nothing
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10.
+
+    >>> sorted(["layers.10", "layers.2"], key=natural_order)
+    ['layers.2', 'layers.10']
+    """
     # Eighteen digits at most: int() refuses very long numbers, and names are untrusted.
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"([0-9]{1,18})", name)]
 
@@ -40,6 +44,13 @@ def align_names(base: Iterable[str], tuned: Iterable[str]) -> tuple[dict[str, st
         Base name → tuned name.
     note : str
         The prefix change in words; "" if none was needed.
+
+    Examples
+    --------
+    >>> mapping, note = align_names(["encoder.0.weight", "encoder.1.weight"],
+    ...                             ["bert.encoder.0.weight", "bert.encoder.1.weight"])
+    >>> mapping["encoder.0.weight"], note
+    ('bert.encoder.0.weight', "names in the tuned model have 'bert.' before those of the base")
     """
     base, tuned = set(base), set(tuned)
     mapping = {name: name for name in base & tuned}

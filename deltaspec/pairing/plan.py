@@ -12,6 +12,7 @@ from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, TensorSpec, WeightPair
 
+VOCABULARY_ROLES = {"embed", "lm_head"}
 HEAD = "a task head of another shape than the base's"
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 """A tensor's name, and its shapes in base and tuned model."""
@@ -57,6 +58,33 @@ class Plan:
     def note(self, text: str, kind: NoteKind = NoteKind.REMARK) -> None:
         """Say what was assumed."""
         self.notes.append(Note(kind, text))
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """One pairing at work: the plan that it fills, what the base's tensors are, and shapes that disagree so far."""
+
+    plan: Plan
+    known: Identification
+    options: AnalyzeOptions
+    wrong: list[Mismatch] = field(default_factory=list)
+
+    def keys(self, name: str) -> list[MatrixKey]:
+        """Return the keys of all that a tensor of the base holds."""
+        found = [part.key for part in self.known.matrices.get(name, ())]
+        return found + ([self.known.vectors[name]] if name in self.known.vectors else [])
+
+    def leaves_out(self, name: str) -> bool:
+        """Tell whether --include or --exclude keep a tensor out, and list it then."""
+        if chosen(name, self.options):
+            return False
+        self.plan.leave_out(name)
+        return True
+
+    def refuse_shapes(self) -> None:
+        """Stop with the first disagreement, if there is any; PairingError says what to do."""
+        roles = {key.role for name, *_ in self.wrong for key in self.keys(name)}
+        refuse_shapes(self.wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and self.options.vocab == "strict")
 
 
 def chosen(name: str, options: AnalyzeOptions) -> bool:

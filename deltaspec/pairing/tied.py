@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from deltaspec.architecture.match import Identification
 from deltaspec.io.content import same_content
-from deltaspec.types import Checkpoint
+from deltaspec.types import Checkpoint, Note, NoteKind
 
 HEADS = ("lm_head", "embed")
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "output_projection.weight", "decoder.weight")
@@ -15,9 +15,9 @@ HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "proj_out.weight", "output_p
 
 @dataclass(frozen=True, slots=True)
 class Tied:
-    """``reasons``: name → why it is not compared again; ``heads``: head in tuned alone → the base's embedding."""
+    """``notes``: name → of which tensor it is another name; ``heads``: head in tuned alone → the base's embedding."""
 
-    reasons: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, Note] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
 
 
@@ -60,9 +60,13 @@ def find_tied(base: Checkpoint, tuned: Checkpoint, mapping: dict[str, str], know
             embeddings[base.tensors[first].shape] = first
         for name in names[1:]:
             if _same(base, first, name) and _same(tuned, mapping.get(first), mapping.get(name), missing_is_same=True):
-                tied.reasons.setdefault(name, f"tied to '{first}'")
+                tied.notes.setdefault(name, _note(name, first))
     _find_heads(base, tuned, mapping, embeddings, tied)
     return tied
+
+
+def _note(name: str, other: str) -> Note:
+    return Note(NoteKind.TIED, f"tied to '{other}'", name)
 
 
 def _find_heads(
@@ -77,7 +81,7 @@ def _find_heads(
         if embedding is None:
             continue
         if _same(tuned, mapping[embedding], name):
-            tied.reasons[name] = f"tied to '{embedding}'"
+            tied.notes[name] = _note(name, embedding)
         else:
             tied.heads[name] = embedding
 

@@ -18,7 +18,11 @@ LONGEST_NAME = 180  # file systems take 255 bytes; suffixes need the rest
 
 
 def file_stem(store_key: str) -> str:
-    """Return a file name for any key: percent-encoded, so that no name can leave its folder; long ones hashed."""
+    """Return a file name for any key: percent-encoded, so that no name can leave its folder; long ones hashed.
+
+    >>> file_stem("model.embed.weight#base"), file_stem("../x")
+    ('model.embed.weight%23base', '..%2Fx')
+    """
     name = quote(store_key, safe="")
     if len(name) <= LONGEST_NAME:
         return name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.errors import RunError, require
 from deltaspec.files.atomic import is_leftover, write_whole
 from deltaspec.store.formats.run import FailedRecord, Manifest, VectorRow
+from deltaspec.store.identity import RUN, differences
 from deltaspec.store.record import encode, file_stem, read_record, read_spectrum
 from deltaspec.types import MatrixKey, MatrixRecord, SkippedTensor, Spectrum
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     import pandas
 
 FORMAT, VERSION = "deltaspec-run", 1
-IDENTITY = ("base", "tuned", "options", "deltaspec")  # what must be the same for a run to go on
 
 
 class Run:
@@ -91,7 +91,7 @@ class Run:
                 write_whole(folder / "manifest.json", text.encode(), refusal=_unwritable)
                 return cls.load(folder)
             run = cls.load(folder)
-            found = list(differences(run.manifest, json.loads(json.dumps(manifest))))
+            found = list(differences(run.manifest, json.loads(json.dumps(manifest)), RUN))
             if found:
                 message = (
                     f"{folder} holds a run of something else ({'; '.join(found[:3])}): "
@@ -231,25 +231,3 @@ def _read_json(path: Path) -> Any:
     except (OSError, ValueError) as cause:
         message = f"{path} cannot be read ({cause}): delete it and run the same analyze command again."
         raise RunError(message) from cause
-
-
-def differences(
-    old: Mapping[str, object], new: Mapping[str, object], names: Sequence[str] = IDENTITY, prefix: str = ""
-) -> Iterator[str]:
-    """Say in words where two manifests' identities differ; references may differ, contents not.
-
-    Parameters
-    ----------
-    old, new : mapping
-    names : sequence of str
-        The fields that make the identity.
-    prefix : str
-        Of fields inside these.
-    """
-    for name in names:
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            inner = sorted({*before, *after} - {"ref", "revision"})
-            yield from differences(before, after, inner, f"{prefix}{name}.")
-        elif before != after:
-            yield f"{prefix}{name} was {before}, now {after}"

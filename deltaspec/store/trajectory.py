@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.errors import RunError, require
 from deltaspec.files.atomic import is_leftover, write_whole
 from deltaspec.store.formats.run import TrajectoryContent, TrajectoryManifest
-from deltaspec.store.run import Run, differences
+from deltaspec.store.identity import TRAJECTORY, differences
+from deltaspec.store.run import Run
 
 if TYPE_CHECKING:
     import pandas
 
 FILE, FORMAT, VERSION = "trajectory.json", "deltaspec-trajectory", 1
-IDENTITY = ("base", "options", "deltaspec")
 
 
 class Trajectory:
@@ -72,7 +72,7 @@ class Trajectory:
         try:
             if (folder / FILE).exists():
                 old = cls.load(folder).manifest
-                found = list(differences(old, json.loads(json.dumps(manifest)), IDENTITY))
+                found = list(differences(old, json.loads(json.dumps(manifest)), TRAJECTORY))
                 if found:
                     message = (
                         f"{folder} holds a trajectory of something else ({'; '.join(found[:3])}): "

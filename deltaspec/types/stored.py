@@ -54,7 +54,7 @@ class MatrixKey:
 
 
 @dataclass(frozen=True, slots=True)
-class Identified:
+class KnownMatrix:
     """One matrix that a tensor holds: its key and view. ``guessed`` where no family knew the name."""
 
     key: MatrixKey

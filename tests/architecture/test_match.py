@@ -12,7 +12,7 @@ from deltaspec.architecture.match import Identification, identify
 from deltaspec.architecture.patterns import load_families
 from deltaspec.architecture.roles import ORDER, ROLES
 from deltaspec.architecture.views import view_matrix
-from deltaspec.types import Identified
+from deltaspec.types import KnownMatrix
 from tests.families import FAMILIES, Family
 
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -24,7 +24,7 @@ def read(family: Family) -> Identification:
     return identify(family.tensors, family.config)
 
 
-def one(name: str, shape: tuple[int, ...], config: dict[str, Any] | None = None) -> Identified:
+def one(name: str, shape: tuple[int, ...], config: dict[str, Any] | None = None) -> KnownMatrix:
     (found,) = identify({name: shape}, config or {}).matrices[name]
     return found
 

@@ -10,8 +10,7 @@ from deltaspec.architecture.running_names import SHARED
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.io.content import list_tied, same_content
-from deltaspec.pairing.dense import VOCABULARY_ROLES
-from deltaspec.pairing.plan import unreadable
+from deltaspec.pairing.plan import VOCABULARY_ROLES, unreadable
 from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import Checkpoint, NoteKind, TensorSpec
 from deltaspec.workflows.merging.tensor_changes import Part, TensorChange, TensorChanges
