@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from deltaspec.cli.flags import Writing, flags, take
 from deltaspec.cli.methods import method_options
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.train_flags import parse_training, training_options
@@ -26,27 +27,25 @@ from deltaspec.errors import NumericalError
 @click.option("--forget-text", metavar="COLUMN", help="Their --text.")
 @click.option("--forget-label", metavar="COLUMN", help="Their --label.")
 @click.option("--forget-limit", metavar="N", type=int, help="Their --limit.")
-@method_options()
+@method_options
 @training_options
-@click.option("--overwrite", is_flag=True, help="Start again where a training is.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def train(model: str, data: str, out: Path, as_json: bool, quiet: bool, **given: Any) -> None:
+@flags(Writing)
+def train(model: str, data: str, out: Path, **given: Any) -> None:
     """Fine-tune MODEL by any method, and say what it learned and forgot.
 
     The same command goes on where a stopped one was. Several processes: accelerate launch --no_python deltaspec train
     … . Needs the extra ``train``.
     """
-    chosen = parse_training(given)
+    chosen, writing = parse_training(given), take(Writing, given)
     from deltaspec.workflows.train import train as run_training
 
     first = os.environ.get("RANK", "0") == "0"
-    progress = Ticks(quiet=quiet or not first)
+    progress = Ticks(quiet=writing.quiet or not first)
     with stoppable(), progress:
         try:
-            report = run_training(model, data, out, **chosen, **given, progress=progress)
+            report = run_training(model, data, out, **chosen, **given, overwrite=writing.overwrite, progress=progress)
         except NumericalError as failure:
             click.echo(f"Error: {failure}", err=True)
             sys.exit(1)
     if first:
-        click.echo(json.dumps(report, ensure_ascii=False) if as_json else "\n".join(describe(report, out)))
+        click.echo(json.dumps(report, ensure_ascii=False) if writing.as_json else "\n".join(describe(report, out)))

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.attachment import Attachment
-from deltaspec.training.methods.lora import LoraOptions, attach
+from deltaspec.training.methods.lora import attach
 from deltaspec.training.targets import choose_sites
 from tests.tiny_models import VOCAB
 

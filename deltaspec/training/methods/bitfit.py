@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.base_weights import BitfitOptions
 from deltaspec.training.attachment import Method
 from deltaspec.training.methods.own import BaseAttachment
 from deltaspec.training.sites import Site, identify_parameters
-
-
-@dataclass(frozen=True, slots=True)
-class BitfitOptions:
-    """Nothing to choose."""
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: BitfitOptions, *, name: str, seed: int) -> BaseAttachment:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
+from deltaspec.options.methods.base_weights import FullOptions
 from deltaspec.training.attachment import Method
 from deltaspec.training.methods.own import BaseAttachment
 from deltaspec.training.sites import Site, base_parameters
-
-
-@dataclass(frozen=True, slots=True)
-class FullOptions:
-    """Nothing to choose."""
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: FullOptions, *, name: str, seed: int) -> BaseAttachment:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaspec.errors import CheckpointError
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.attachment import PREFIX
-
-if TYPE_CHECKING:
-    from deltaspec.training.methods.lora import LoraOptions
 
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(A\.weight|embedding_A)")
 MOVED = re.compile(r"pissa_niter|olora|corda|loftq|lora_ga")
@@ -74,8 +72,6 @@ def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> 
     OptionError
         If its numbers make no sense.
     """
-    from deltaspec.training.methods.lora import LoraOptions
-
     initial = str(config.get("init_lora_weights")).lower()
     foreign = [name for name in FOREIGN if config.get(name)]
     if MOVED.match(initial):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.adapted import Update
 from deltaspec.training.attachment import make_parameter
 from deltaspec.training.methods.dora import dense_change, row_lengths, square_rows
@@ -16,9 +16,6 @@ from deltaspec.training.methods.fused import adapted_linear
 from deltaspec.training.methods.pissa import principal_factors
 from deltaspec.training.sites import Site, base_bias, base_matrix
 from deltaspec.types import LowRankDelta
-
-if TYPE_CHECKING:
-    from deltaspec.training.methods.lora import LoraOptions
 
 
 class LoraUpdate(Update):

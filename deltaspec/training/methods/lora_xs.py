@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,36 +10,12 @@ from torch import Tensor, nn
 from deltaspec.errors import CheckpointError, NumericalError
 from deltaspec.linalg.signs import fix_signs
 from deltaspec.linalg.truncated import truncate
+from deltaspec.options.methods.shared_factors import LoraXsOptions
 from deltaspec.training.adapted import Update
 from deltaspec.training.attachment import Attachment, Method, check_ranks, fill, make_parameter
-from deltaspec.training.methods.vera import check_vectors
 from deltaspec.training.sites import Site, base_matrix, module_at
 
 FROZEN = (".lora_xs_A", ".lora_xs_B")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraXsOptions:
-    """What LoRA-XS trains.
-
-    Parameters
-    ----------
-    rank : int
-        Of R (rank, rank), at every layer.
-    save_projection : bool
-        Store A and B too; without, they are computed again from the base, which must be the same to the last bit, and
-        on another machine may come out slightly turned.
-    dropout : float
-        Share of the inputs left out in training.
-    """
-
-    rank: int = 16
-    save_projection: bool = True
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        check_vectors(self.rank, self.dropout)
 
 
 class LoraXsUpdate(Update):

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from deltaspec.errors import OptionError, require
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.attachment import Method, make_parameter
-from deltaspec.training.methods.virtual import STORED, VirtualAttachment, VirtualOptions, find_body, find_embedding
+from deltaspec.training.methods.virtual import STORED, VirtualAttachment, find_body, find_embedding
 from deltaspec.training.sites import Site, base_matrix, module_at
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.attachment import Method, make_parameter
 from deltaspec.training.methods.prefix import from_peft, to_peft
-from deltaspec.training.methods.virtual import VirtualAttachment, VirtualOptions, find_body, find_embedding
+from deltaspec.training.methods.virtual import VirtualAttachment, find_body, find_embedding
 from deltaspec.training.sites import Site, base_matrix, module_at
 
 

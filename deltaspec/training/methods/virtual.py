@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.adapted import Update
 from deltaspec.training.attachment import Attachment
 from deltaspec.training.sites import Site, list_sites, module_at
 
 STORED = "prompt_embeddings"
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualOptions:
-    """How many virtual tokens."""
-
-    tokens: int = 20
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        if self.tokens < 1:
-            message = f"--tokens is {self.tokens}: expected 1 or more."
-            raise OptionError(message)
 
 
 class VirtualUpdate(Update):
