@@ -13,16 +13,12 @@ import pytest
 import deltaspec
 from deltaspec import options
 from deltaspec.architecture.roles import ROLES
-from deltaspec.cli.main import COMMANDS
 from deltaspec.extraction.ranks import POLICIES
 from deltaspec.linalg.svd import ROUTES
-from deltaspec.plots.figures import FIGURES
 from deltaspec.plots.style import ROLE_STYLE
-from deltaspec.spectra.metrics import METRICS
 
 ROOT = Path(deltaspec.__file__).resolve().parent
 FILES = sorted(ROOT.rglob("*.py"))
-README = (ROOT.parent / "README.md").read_text(encoding="utf-8")
 
 
 def functions(path):
@@ -68,15 +64,7 @@ def test_public_names_resolve_lazily():
 def test_policies_are_one_table():
     assert set(options.POLICIES) == set(POLICIES)
     assert all(policy.description and policy.unit for policy in POLICIES.values())
-    assert all(f"`--{name.replace('_', '-')}`" in README for name in POLICIES)
     assert {name for name, policy in POLICIES.items() if policy.needs == "all"} == set(options.BUDGETS)
-
-
-def test_the_readme_has_every_metric_command_figure_and_role():
-    assert all(f"`{name}`" in README for name in METRICS)
-    assert all(f"deltaspec {name} " in README for name in COMMANDS)
-    assert all(f"`{name}`" in README for name in FIGURES)
-    assert all(f"`{name}`" in README for name in ROLES)
 
 
 def test_tables_are_complete():

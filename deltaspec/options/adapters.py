@@ -14,8 +14,8 @@ POLICY_HELP = {
     "energy": "For each matrix, the fewest directions that keep this share of ‖ΔW‖².",
     "error": "For each matrix, the fewest directions with at most this relative error ‖ΔW - BA‖/‖ΔW‖.",
     "above_rounding": "For each matrix, the directions above what storage rounding alone explains.",
-    "params": "A budget of numbers for all factors together, spent where it keeps most: 2M.",
-    "size": "A budget of bytes for all factors together, spent where it keeps most: 50MB.",
+    "params": "A budget of numbers for all factors together, spent where it keeps most; for example 2M.",
+    "size": "A budget of bytes for all factors together, spent where it keeps most; for example 50MB.",
 }
 POLICIES = tuple(POLICY_HELP)
 BUDGETS = ("params", "size")
