@@ -22,11 +22,11 @@ from deltaspec.errors import NumericalError
 @click.argument("model")
 @click.option("--data", required=True, help="A csv, tsv, jsonl, txt or parquet file, or a data set of the hub.")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Training folder to write.")
-@click.option("--eval-data", metavar="FILE", help="Data to evaluate on.")
-@click.option("--forget", metavar="FILE", help="Other data: how much is lost on them.")
-@click.option("--forget-text", metavar="COLUMN", help="Their --text.")
-@click.option("--forget-label", metavar="COLUMN", help="Their --label.")
-@click.option("--forget-limit", metavar="N", type=int, help="Their --limit.")
+@click.option("--eval-data", metavar="FILE", help="Data to evaluate on, instead of a share that is held out.")
+@click.option("--forget", metavar="FILE", help="Other data; what the model loses on them is measured before and after.")
+@click.option("--forget-text", metavar="COLUMN", help="The --text of the data of --forget.")
+@click.option("--forget-label", metavar="COLUMN", help="The --label of the data of --forget.")
+@click.option("--forget-limit", metavar="N", type=int, help="The --limit of the data of --forget.")
 @method_options
 @training_options
 @flags(Writing)

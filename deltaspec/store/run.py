@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltaspec.errors import RunError, require
 from deltaspec.store.record import encode, file_stem, is_leftover, read_record, read_spectrum, write_atomically
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
+from deltaspec.types.versions import numbers_of
 
 if TYPE_CHECKING:
     import pandas
@@ -226,6 +227,8 @@ def differences(
     """
     for name in names:
         before, after = old.get(name), new.get(name)
+        if name == "deltaspec" and numbers_of(str(before)) == numbers_of(str(after)):
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             inner = sorted({*before, *after} - {"ref", "revision"})
             yield from differences(before, after, inner, f"{prefix}{name}.")
