@@ -37,6 +37,7 @@ TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HUB = ("meta-llama/",)  # owners of models that documents name; commands with these are parsed, not run
 PLACES = ("deltaspec", "figures", "scripts", "tests")
+SUFFIXES = (".py", ".sh", ".md", ".toml", ".txt", ".csv", ".png")
 OTHERS = {"--max-lora-rank", "--enable-lora", "--lora-modules", "--no-deps"}  # flags of other programs
 SWITCHES = {"scripts/test.sh": {"-m", "--lowest", "--newest", "--bare"}, "scripts/make_figures.sh": {"--experiment"}}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -153,7 +154,7 @@ def test_paths_and_links_exist():
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("https://") or (page.parent / link).exists(), (page.name, link)
         for span in re.findall(r"`([\w./-]+)`", text):
-            if span.split("/")[0] in PLACES and "/" in span:
+            if "/" in span and (span.split("/")[0] in PLACES or span.endswith(SUFFIXES)):
                 assert (ROOT / span).exists() or (ROOT / "deltaspec" / span).exists(), (page.name, span)
 
 
