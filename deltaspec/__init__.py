@@ -24,47 +24,51 @@ if TYPE_CHECKING:
     from deltaspec.store.run import Run
     from deltaspec.store.trajectory import Trajectory
     from deltaspec.training.methods import METHODS
-    from deltaspec.training.mixed import MixedBatch
-    from deltaspec.training.switch import Adapters
-    from deltaspec.workflows.adapters import load_adapter, save_adapter
-    from deltaspec.workflows.analyze import analyze
-    from deltaspec.workflows.calibrate import calibrate
-    from deltaspec.workflows.combine import combine
-    from deltaspec.workflows.compare import compare, draw_comparison
-    from deltaspec.workflows.count import count
-    from deltaspec.workflows.extract import extract
-    from deltaspec.workflows.live import analyze_live
-    from deltaspec.workflows.merge import merge
-    from deltaspec.workflows.plot import plot
-    from deltaspec.workflows.train import train
-    from deltaspec.workflows.trajectory import trajectory
-    from deltaspec.workflows.verify import verify
+    from deltaspec.training.several.mixed_batch import MixedBatch
+    from deltaspec.training.several.switching import Adapters
+    from deltaspec.workflows.analysis.analyze import analyze
+    from deltaspec.workflows.analysis.live import analyze_live
+    from deltaspec.workflows.analysis.trajectory import trajectory
+    from deltaspec.workflows.analysis.write_figures import plot
+    from deltaspec.workflows.comparison.compare import compare, draw_comparison
+    from deltaspec.workflows.extraction.calibrate import calibrate
+    from deltaspec.workflows.extraction.combine import combine
+    from deltaspec.workflows.extraction.extract import extract
+    from deltaspec.workflows.merging.merge import merge
+    from deltaspec.workflows.training.count import count
+    from deltaspec.workflows.training.saved_adapters import load_adapter, save_adapter
+    from deltaspec.workflows.training.train import train
+    from deltaspec.workflows.verification.verify import verify
 
 _HOMES = {
-    "METHODS": "deltaspec.training.methods",
-    "METRICS": "deltaspec.spectra.metrics",
-    "Adapters": "deltaspec.training.switch",
-    **dict.fromkeys(
-        (
+    name: home
+    for home, names in {
+        "deltaspec.errors": ("DeltaspecError",),
+        "deltaspec.options": (
             *("AnalyzeOptions", "CalibrateOptions", "CompareOptions", "DataOptions", "ExtractOptions", "FormOptions"),
             *("LoopOptions", "MergeOptions", "RankOptions", "RunOptions", "TargetOptions"),
         ),
-        "deltaspec.options",
-    ),
-    "DeltaspecError": "deltaspec.errors",
-    "MixedBatch": "deltaspec.training.mixed",
-    "Run": "deltaspec.store.run",
-    "Trajectory": "deltaspec.store.trajectory",
-    "analyze_live": "deltaspec.workflows.live",
-    "draw_comparison": "deltaspec.workflows.compare",
-    **dict.fromkeys(("load_adapter", "save_adapter"), "deltaspec.workflows.adapters"),
-    **{
-        name: f"deltaspec.workflows.{name}"
-        for name in (
-            *("analyze", "calibrate", "combine", "compare", "count", "extract", "merge", "plot", "train"),
-            *("trajectory", "verify"),
-        )
-    },
+        "deltaspec.spectra.metrics": ("METRICS",),
+        "deltaspec.store.run": ("Run",),
+        "deltaspec.store.trajectory": ("Trajectory",),
+        "deltaspec.training.methods": ("METHODS",),
+        "deltaspec.training.several.mixed_batch": ("MixedBatch",),
+        "deltaspec.training.several.switching": ("Adapters",),
+        "deltaspec.workflows.analysis.analyze": ("analyze",),
+        "deltaspec.workflows.analysis.live": ("analyze_live",),
+        "deltaspec.workflows.analysis.trajectory": ("trajectory",),
+        "deltaspec.workflows.analysis.write_figures": ("plot",),
+        "deltaspec.workflows.comparison.compare": ("compare", "draw_comparison"),
+        "deltaspec.workflows.extraction.calibrate": ("calibrate",),
+        "deltaspec.workflows.extraction.combine": ("combine",),
+        "deltaspec.workflows.extraction.extract": ("extract",),
+        "deltaspec.workflows.merging.merge": ("merge",),
+        "deltaspec.workflows.training.count": ("count",),
+        "deltaspec.workflows.training.saved_adapters": ("load_adapter", "save_adapter"),
+        "deltaspec.workflows.training.train": ("train",),
+        "deltaspec.workflows.verification.verify": ("verify",),
+    }.items()
+    for name in names
 }
 
 __all__ = [

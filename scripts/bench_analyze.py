@@ -32,7 +32,7 @@ for name in base.keys():
         torch.linalg.svdvals(tuned.get_tensor(name).float() - base.get_tensor(name).float())
 """
 IMPORTS = {
-    "deltaspec": "import deltaspec.cli.analyze, deltaspec.workflows.analyze",
+    "deltaspec": "import deltaspec.cli.analyze, deltaspec.workflows.analysis.analyze",
     "modeldelta": "import modeldelta.cli, torch, matplotlib",
     "plain loop": "import torch, safetensors",
 }
@@ -190,8 +190,8 @@ def reading_share(base: str, tuned: str) -> float:
 
     from deltaspec.delta import DenseDelta
     from deltaspec.options import AnalyzeOptions
-    from deltaspec.workflows.analyze import make_plan
-    from deltaspec.workflows.matrix import Task, analyze_matrix
+    from deltaspec.workflows.analysis.analyze import make_plan
+    from deltaspec.workflows.analysis.stored_matrix import Task, analyze_matrix
 
     torch.set_num_threads(1)
     device, options = torch.device("cpu"), AnalyzeOptions(device="cpu")

@@ -23,7 +23,7 @@ from bench_analyze import CACHE, ROOT, measure, write_tables
 LINEAR = r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|query|key|value|dense)\b"
 MAIN = "import sys; from deltaspec.cli.main import main; sys.argv[0] = 'deltaspec'; main()"
 IMPORTS = {
-    "deltaspec": "import deltaspec.cli.extract, deltaspec.workflows.extract",
+    "deltaspec": "import deltaspec.cli.extract, deltaspec.workflows.extraction.extract",
     "mergekit": "import mergekit.scripts.extract_lora",
 }
 
@@ -163,7 +163,7 @@ def one_matrix(side: int, rank: int) -> dict[str, object]:
     from deltaspec.delta import DenseDelta
     from deltaspec.linalg.truncated import truncate
     from deltaspec.options import AnalyzeOptions
-    from deltaspec.workflows.analyze import make_plan
+    from deltaspec.workflows.analysis.analyze import make_plan
 
     torch.set_num_threads(1)
     folder = CACHE / f"power-{side}"
@@ -206,7 +206,7 @@ def main() -> None:
     for name, (base, tuned) in pairs.items():
         rows += compare(name, base, tuned, rank=arguments.rank, rounds=arguments.rounds)
     facts: dict[str, object] = {"one matrix of 4096², rank 64, CPU seconds, one thread": one_matrix(4096, 64)}
-    from deltaspec.workflows.divergence import divergence
+    from deltaspec.workflows.verification.divergence import divergence
 
     adapter = CACHE / "adapter-deltaspec"
     said = divergence(*headline, adapter, ROOT / "scripts" / "sre_sentences.txt")

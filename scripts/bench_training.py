@@ -72,9 +72,9 @@ def make_model(size: str) -> Any:
 def attach_ours(model: Any, row: str, *, name: str = "default", seed: int = 0) -> Any:
     """Attach one of our methods to all linear layers, the base frozen."""
     from deltaspec.options.training import TargetOptions
-    from deltaspec.training.attachment import freeze
     from deltaspec.training.methods import METHODS as OURS
-    from deltaspec.training.targets import choose_sites
+    from deltaspec.training.sites.attachment import freeze
+    from deltaspec.training.sites.targets import choose_sites
 
     method, options, _ = METHODS[row]
     freeze(model)
@@ -154,7 +154,7 @@ def using_step(variant: str, size: str, *, same: bool) -> tuple[Callable[[], Any
             for parameter in (p for attachment in attachments for p in attachment.trained().values()):
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     if variant == "mixed deltaspec":
-        from deltaspec.training.mixed import MixedBatch
+        from deltaspec.training.several.mixed_batch import MixedBatch
 
         MixedBatch(model, attachments).select(names)
     elif variant == "mixed peft":

@@ -45,7 +45,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
     "parallel": ("parallel", {"bottleneck": 16}, RATES),
 }
 # What every training imports: 8 seconds of it, once and not for each.
-PRELOAD = ["deltaspec.workflows.train", "transformers.models.bert.modeling_bert", "accelerate", "datasets"]
+PRELOAD = ["deltaspec.workflows.training.train", "transformers.models.bert.modeling_bert", "accelerate", "datasets"]
 TRACKED = ("full", "LoRA r=16")  # whose rank is followed step by step
 SHOWN = (("learned", "15.4"), ("forgotten", "15.4"), ("effective_rank", "9.1"), ("overlap", "8.3"))
 

@@ -29,7 +29,7 @@ from deltaspec.plots.trajectory import STEP_FIGURES
 from deltaspec.spectra.metrics import METRICS
 from deltaspec.training.methods import METHODS
 from tests.tiny_models import build, perturb, save, write_text
-from tests.workflows.train_case import write_classes
+from tests.workflows.training.train_case import write_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "deltaspec" / "manual").glob("*.md"))]

@@ -33,7 +33,7 @@ def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, *
     Exit code 1 if a matrix or checkpoint failed, 2 if nothing could be compared.
     """
     options, output = take(AnalyzeOptions, given), take(Output, given)
-    from deltaspec.workflows.checkpoints import is_training
+    from deltaspec.workflows.analysis.training_steps import is_training
 
     if len(tuned) > 1 or is_training(tuned[0]):
         from deltaspec.cli.steps import analyze_steps, show_steps
@@ -43,10 +43,10 @@ def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, *
         else:
             analyze_steps(base, tuned, out, options=options, output=output)
         return
-    from deltaspec.workflows.analyze import analyze as run_analysis
-    from deltaspec.workflows.analyze import plan_analysis
-    from deltaspec.workflows.base import Base
-    from deltaspec.workflows.report import plan_to_json, run_to_json
+    from deltaspec.workflows.analysis.analyze import analyze as run_analysis
+    from deltaspec.workflows.analysis.analyze import plan_analysis
+    from deltaspec.workflows.analysis.as_json import plan_to_json, run_to_json
+    from deltaspec.workflows.shared.opened_base import Base
 
     if dry_run:
         plan = plan_analysis(Base(base), tuned[0], options)

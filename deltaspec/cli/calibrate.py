@@ -43,7 +43,7 @@ def calibrate(model: str, text: Path, out: Path, **given: Any) -> None:
     """
     options = replace(take(CalibrateOptions, given), text=take(TextOptions, given))
     writing = take(Writing, given)
-    from deltaspec.workflows.calibrate import calibrate as run_calibration
+    from deltaspec.workflows.extraction.calibrate import calibrate as run_calibration
 
     with stoppable(), Passes(quiet=writing.quiet) as progress:
         moments = run_calibration(model, text, out, options=options, overwrite=writing.overwrite, progress=progress)

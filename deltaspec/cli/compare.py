@@ -26,9 +26,9 @@ def compare(folders: tuple[str, ...], out: Path | None, formats: str, style: str
     options, output = take(CompareOptions, given), take(Output, given)
     from deltaspec.cli.compare_table import render_comparison
     from deltaspec.plots.style import find_venue
-    from deltaspec.workflows.compare import compare as run_comparison
-    from deltaspec.workflows.compare import draw_comparison
-    from deltaspec.workflows.plot import check_formats
+    from deltaspec.workflows.analysis.write_figures import check_formats
+    from deltaspec.workflows.comparison.compare import compare as run_comparison
+    from deltaspec.workflows.comparison.compare import draw_comparison
 
     check_formats(formats.split(","))  # before the long work
     find_venue(style)

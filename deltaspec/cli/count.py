@@ -12,7 +12,7 @@ from deltaspec.cli.methods import method_options, parse_method
 from deltaspec.options import TargetOptions
 
 if TYPE_CHECKING:
-    from deltaspec.workflows.count import Counts
+    from deltaspec.workflows.training.count import Counts
 
 
 @click.command()
@@ -29,8 +29,8 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
     """
     method, options = parse_method(given)
     targets = take(TargetOptions, given)
-    from deltaspec.workflows.count import count as run_count
-    from deltaspec.workflows.count import counts_to_json
+    from deltaspec.workflows.training.count import count as run_count
+    from deltaspec.workflows.training.count import counts_to_json
 
     counts = run_count(model, method, options, targets=targets, task=task, labels=labels)
     click.echo(json.dumps(counts_to_json(counts)) if as_json else render_counts(counts))
@@ -38,7 +38,7 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
 
 def render_counts(counts: Counts) -> str:
     """Render roles, then totals with their share and bytes, then what is left out."""
-    from deltaspec.workflows.count import describe_left_out
+    from deltaspec.workflows.training.count import describe_left_out
 
     size = counts.bytes
     rows = [["role", "matrices", "shape", "trainable"]]

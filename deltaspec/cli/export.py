@@ -14,9 +14,9 @@ import click
 def export(run: str, kind: str, out: Path | None) -> None:
     """Write the records of RUN, one row for each matrix, and step where it is a trajectory."""
     from deltaspec.errors import RunError
-    from deltaspec.store.record import write_atomically
+    from deltaspec.files.atomic import write_atomically
     from deltaspec.store.trajectory import load_results
-    from deltaspec.workflows.export import FORMATS
+    from deltaspec.workflows.analysis.export import FORMATS
 
     content = FORMATS[kind](load_results(run))
     if out is None:

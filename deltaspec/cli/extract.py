@@ -36,8 +36,8 @@ def extract(base: str, tuned: str, out: str | None, **given: Any) -> None:
     options = take(ExtractOptions, given | {"analysis": take(AnalyzeOptions, given)})
     writing = take(Writing, given)
     from deltaspec.cli.certificate import render_reports
-    from deltaspec.workflows.extract import default_folder
-    from deltaspec.workflows.extract import extract as run_extraction
+    from deltaspec.workflows.extraction.extract import default_folder
+    from deltaspec.workflows.extraction.extract import extract as run_extraction
 
     place = Path(out) if out else default_folder(tuned, options)
     with stoppable(), Progress(quiet=writing.quiet) as progress:

@@ -14,7 +14,7 @@ from deltaspec.cli.table import printable, table
 from deltaspec.options import MergeOptions
 
 if TYPE_CHECKING:
-    from deltaspec.workflows.merge_report import MergeReport
+    from deltaspec.workflows.merging.report import MergeReport
 
 LEGEND = """loss: ‖(W' - W) - ΔW‖ / ‖ΔW‖, what rounding W' took from the update (median and worst matrix of a role);
 unchanged: elements that are what they were."""
@@ -32,7 +32,7 @@ def merge(base: str, adapters: tuple[str, ...], out: str, **given: Any) -> None:
     Exit code 1 if it was stopped (the same command goes on), 2 if nothing could be written.
     """
     options, writing = take(MergeOptions, given), take(Writing, given)
-    from deltaspec.workflows.merge import merge as run_merge
+    from deltaspec.workflows.merging.merge import merge as run_merge
 
     with stoppable(), Progress(quiet=writing.quiet) as progress:
         report = run_merge(base, adapters, out, options=options, overwrite=writing.overwrite, progress=progress)

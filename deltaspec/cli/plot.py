@@ -21,7 +21,7 @@ import click
 def plot(run: Path, output: Path | None, formats: str, style: str) -> None:
     """Draw the figures of RUN (a trajectory: rank by step), each beside the CSV that it draws, and print the paths."""
     from deltaspec.store.trajectory import load_results
-    from deltaspec.workflows.plot import plot as draw
+    from deltaspec.workflows.analysis.write_figures import plot as draw
 
     names = tuple(name.strip() for name in formats.split(","))
     for path in draw(load_results(run), output, formats=names, style=style):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from deltaspec.workflows.tasks import Step
+    from deltaspec.types import Step
 
 HEARTBEAT, REDRAW = 30.0, 0.5
 

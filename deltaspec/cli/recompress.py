@@ -32,8 +32,8 @@ def recompress(named: Sequence[str], options: ExtractOptions, given: dict[str, A
     options = replace(options, analysis=take(AnalyzeOptions, given))
     writing, base, out = take(Writing, given), given.pop("base"), given.pop("out")
     from deltaspec.cli.certificate import render_reports
-    from deltaspec.workflows.combine import combine
-    from deltaspec.workflows.merge import parse_adapter
+    from deltaspec.workflows.extraction.combine import combine
+    from deltaspec.workflows.merging.merge import parse_adapter
 
     adapters = [parse_adapter(text) for text in named]
     with stoppable(), Progress(quiet=writing.quiet) as progress:

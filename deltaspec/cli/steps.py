@@ -16,7 +16,7 @@ from deltaspec.options import AnalyzeOptions
 
 def show_steps(base: str, checkpoints: tuple[str, ...], options: AnalyzeOptions, *, as_json: bool) -> None:
     """Print what would be compared at each step; no weights are read."""
-    from deltaspec.workflows.trajectory import plan_steps
+    from deltaspec.workflows.analysis.trajectory import plan_steps
 
     rows = plan_steps(base, checkpoints, options)
     click.echo(json.dumps(rows) if as_json else table(rows))
@@ -31,8 +31,8 @@ def analyze_steps(
     output: Output,
 ) -> None:
     """Analyse every checkpoint and print rank against training step; exit code 1 if some of it failed."""
-    from deltaspec.workflows.report import trajectory_to_json
-    from deltaspec.workflows.trajectory import trajectory
+    from deltaspec.workflows.analysis.as_json import trajectory_to_json
+    from deltaspec.workflows.analysis.trajectory import trajectory
 
     with stoppable(), Progress(quiet=output.quiet) as progress:
         found = trajectory(base, checkpoints, out, options=options, progress=progress)

@@ -70,16 +70,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def render_plan(plan: Plan) -> str:
     """Render what would be compared, and what would not."""
-    from deltaspec.workflows.report import plan_rows
+    from deltaspec.workflows.analysis.as_json import plan_rows
 
-    left_out = [f"Left out: {row['tensor']} ({row['reason']})." for row in plan.skipped]
+    left_out = [f"Left out: {note.tensor} ({note})." for note in plan.skipped]
     said = [printable(line) for line in [*left_out, *(f"Note: {note}." for note in plan.notes)]]
     return "\n".join([table(plan_rows(plan)), *said])
 
 
 def render(run: Run, view: str = "role") -> str:
     """Render a run's table by role, depth or matrix, then what was left out and what failed."""
-    from deltaspec.workflows.summary import VIEWS, vectors_by_role
+    from deltaspec.workflows.analysis.summary import VIEWS, vectors_by_role
 
     rows = VIEWS[view](run.records)
     parts = [table(rows)] if rows else ["No matrix has a result."]
@@ -102,7 +102,7 @@ STEPS_LEGEND = """Medians over matrices. rank 90%: directions that keep 90 % of 
 
 def render_steps(trajectory: Trajectory, view: str = "role") -> str:
     """Render a trajectory's table, rank against training step, then what failed."""
-    from deltaspec.workflows.summary import COLUMNS, by_step
+    from deltaspec.workflows.analysis.summary import COLUMNS, by_step
 
     found = by_step(trajectory, view)
     rows = [
@@ -138,7 +138,7 @@ def _describe_vectors(trajectory: Trajectory) -> str:
 
 def _remarks(run: Run) -> list[str]:
     """Say what was left out, assumed, odd, failed or not finished."""
-    from deltaspec.workflows.summary import describe_oddity, skipped_by_reason
+    from deltaspec.workflows.analysis.summary import describe_oddity, skipped_by_reason
 
     parts = [note] if (note := describe_oddity(run.records)) else []
     for reason, names in skipped_by_reason(run):

@@ -37,7 +37,7 @@ def train(model: str, data: str, out: Path, **given: Any) -> None:
     … . Needs the extra ``train``.
     """
     chosen, writing = parse_training(given), take(Writing, given)
-    from deltaspec.workflows.train import train as run_training
+    from deltaspec.workflows.training.train import train as run_training
 
     first = os.environ.get("RANK", "0") == "0"
     progress = Ticks(quiet=writing.quiet or not first)

@@ -34,7 +34,7 @@ def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) 
     """
     options, output = take(AnalyzeOptions, given), take(Output, given)
     settings = take(TextOptions, given | {"device": options.device.split(",")[0]})
-    from deltaspec.workflows.verify import verify as run_verification
+    from deltaspec.workflows.verification.verify import verify as run_verification
 
     with stoppable():
         with Progress(quiet=output.quiet) as progress:
@@ -47,7 +47,7 @@ def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) 
 
 def _divergence(models: tuple[str, str, str], text: str, *, options: TextOptions, quiet: bool) -> dict[str, Any]:
     """Run the three models, and say on stderr which one."""
-    from deltaspec.workflows.divergence import divergence
+    from deltaspec.workflows.verification.divergence import divergence
 
     tell = None if quiet else partial(click.echo, err=True)
     return asdict(divergence(*models, text, options=options, progress=tell))

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
+from deltaspec.files.atomic import unwritten, whole_file
 from deltaspec.io import hub
 from deltaspec.io.shards import PICKLED
-from deltaspec.io.writer import unwritten, whole_file
 from deltaspec.types import Checkpoint
 
 WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt", ".nemo", ".distcp")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io import pickled, shards
+from deltaspec.files import tensor_reader
+from deltaspec.io import pickled
 from deltaspec.io.quantised import dequantise, fit_block, scale_grid
 from deltaspec.types import LowRankDelta, LowRankSource, LowRankTerm, MatrixSource, TensorSpec, View
 
@@ -20,7 +21,7 @@ def read_tensor(spec: TensorSpec) -> Tensor:
         If the file is gone, damaged, or no longer what its header said.
     """
     mapped = spec.file.name.endswith(".safetensors")
-    tensor = shards.load_tensor(spec) if mapped else pickled.load_tensor(spec)
+    tensor = tensor_reader.load_tensor(spec) if mapped else pickled.load_tensor(spec)
     if tuple(tensor.shape) != spec.shape:
         message = (
             f"Cannot read '{spec.name}' from '{spec.file}': expected shape {spec.shape}, found {tuple(tensor.shape)}; "

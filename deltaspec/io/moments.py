@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError, NumericalError
-from deltaspec.io import shards
-from deltaspec.io.writer import write_safetensors
+from deltaspec.files import tensor_reader
+from deltaspec.files.tensor_writer import write_safetensors
 from deltaspec.types import Entry, TensorSpec
 
 FORMAT, VERSION = "deltaspec-moments", 1
@@ -68,7 +68,7 @@ class Moments:
         spec = self.tensors.get(self.about["aliases"].get(name, name))
         if spec is None:
             return None
-        packed = shards.load_tensor(spec)
+        packed = tensor_reader.load_tensor(spec)
         if tuple(packed.shape) != spec.shape:
             message = f"Cannot read '{spec.name}' from '{self.path}': the file has changed since it was opened."
             raise CheckpointError(message)
@@ -94,7 +94,7 @@ def open_moments(path: str | Path) -> Moments:
     if not path.is_file():
         message = f"Cannot open the moments '{path}': there is no such file; deltaspec calibrate writes one."
         raise CheckpointError(message)
-    _, header = shards.read_header(path)
+    _, header = tensor_reader.read_header(path)
     metadata = header.pop("__metadata__", {})
     if metadata.get("format") != FORMAT:
         message = f"Cannot use '{path}': it is no file of moments; pass one that deltaspec calibrate wrote."
@@ -194,7 +194,7 @@ def write_part(path: Path, matrix: Tensor) -> None:
 
 def is_empty(part: Path) -> bool:
     """Tell whether a part that ``write_part`` wrote is of zeros: no input but zero ever came."""
-    return shards.list_tensors(part)[0][PART].shape == (0,)
+    return tensor_reader.list_tensors(part)[0][PART].shape == (0,)
 
 
 def write_moments(path: Path, parts: Mapping[str, Path], about: Mapping[str, Any]) -> None:
@@ -215,7 +215,7 @@ def write_moments(path: Path, parts: Mapping[str, Path], about: Mapping[str, Any
     """
     entries = []
     for name, part in parts.items():
-        spec = shards.list_tensors(part)[0][PART]
-        entries.append(Entry(name, spec.shape, "F32", partial(shards.load_tensor, spec)))
+        spec = tensor_reader.list_tensors(part)[0][PART]
+        entries.append(Entry(name, spec.shape, "F32", partial(tensor_reader.load_tensor, spec)))
     said = json.dumps(about, sort_keys=True, ensure_ascii=False)
     write_safetensors(path, entries, metadata={"format": FORMAT, "version": str(VERSION), "about": said})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
+from deltaspec.files import json_file, tensor_reader
 from deltaspec.io import hub, kohya, peft, pickled, shards
 from deltaspec.io.quantised import attach_scales, check_config
 from deltaspec.types import AdapterIndex, Checkpoint
@@ -100,7 +101,7 @@ def _open_file(file: Path, *, ref: str) -> Checkpoint | AdapterIndex:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return shards.read_json(path) if path.is_file() else {}
+    return json_file.read_json(path) if path.is_file() else {}
 
 
 def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Checkpoint | AdapterIndex:
@@ -125,8 +126,8 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Che
     return Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases)
 
 
-def _list_tensors(file: Path) -> shards.Contents:
-    return shards.list_tensors(file) if file.name.endswith(".safetensors") else pickled.list_tensors(file)
+def _list_tensors(file: Path) -> tensor_reader.Contents:
+    return tensor_reader.list_tensors(file) if file.name.endswith(".safetensors") else pickled.list_tensors(file)
 
 
 def _nothing_readable(folder: Path, names: list[str]) -> str:
@@ -193,7 +194,7 @@ def _samples(file: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int]]:
     if file.name.endswith(".json"):
         yield 0, size
     elif file.name.endswith(".safetensors"):
-        raw, header = shards.read_header(file)
+        raw, header = tensor_reader.read_header(file)
         digest.update(raw)
         for entry in (entry for name, entry in header.items() if name != "__metadata__"):
             begin, end = (len(raw) + offset for offset in entry["data_offsets"])

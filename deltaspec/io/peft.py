@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import AdapterError, CheckpointError
+from deltaspec.files import json_file, tensor_reader
 from deltaspec.io import pickled, shards
 from deltaspec.types import AdapterIndex, LowRankTerm, TensorSpec
 
@@ -53,13 +54,13 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
         If it is no LoRA adapter, its numbers make no sense, or factors are missing or do not fit each other.
     """
     path = folder / CONFIG
-    config = shards.read_json(path)
+    config = json_file.read_json(path)
     _check_config(config, path=path)
     name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         message = f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
         raise CheckpointError(message)
-    room = shards if name.endswith(".safetensors") else pickled
+    room = tensor_reader if name.endswith(".safetensors") else pickled
     tensors, _ = shards.gather([folder / name], room.list_tensors)
     factors, full, biases = _sort(tensors)
     if not factors and not full:

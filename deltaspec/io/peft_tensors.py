@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deltaspec.files.dtypes import TORCH
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft import NESTED, PREFIX
 from deltaspec.io.peft_targets import Layout, Target
 from deltaspec.io.running import SHARED
-from deltaspec.io.writer import TORCH
 from deltaspec.types import AdapterModule, Entry, Shape
 
 PLAIN = re.compile(r"[\w.-]+")

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaspec.files.atomic import whole_file
+from deltaspec.files.dtypes import STORED
+from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
 from deltaspec.io.peft_targets import Layout, Target, make_targets
 from deltaspec.io.peft_tensors import list_factors, plan_whole
-from deltaspec.io.writer import SAVED, STORED, whole_file, write_safetensors
 from deltaspec.types import AdapterModule, Checkpoint, Entry
 
 VERSION = "0.21.2"  # of the PEFT whose layout this is

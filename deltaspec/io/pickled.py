@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io.shards import LFS_POINTER, Contents
+from deltaspec.files.dtypes import DTYPES
+from deltaspec.files.tensor_reader import LFS_POINTER, Contents
 from deltaspec.types import TensorSpec
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params")
@@ -25,21 +26,6 @@ DEPTH = 4  # wrappers inside wrappers; a pickle may contain itself
 CODE = re.compile(r"GLOBAL (\S+)")
 KEPT = 8_000_000  # bytes given out before a file is unmapped: what was touched stays in memory until then
 LOADING = threading.Lock()  # warning filters belong to the whole process
-
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
-    "complex64": "C64",
-    "bool": "BOOL",
-    **{f"{sign}int{bits}": f"{sign or 'i'}{bits}".upper() for sign in ("", "u") for bits in (8, 16, 32, 64)},
-}
 
 
 @dataclass(slots=True)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING
 
 from deltaspec.errors import CheckpointError
-from deltaspec.types import TensorSpec
+from deltaspec.files.atomic import whole_file
+from deltaspec.files.json_file import read_json
+from deltaspec.files.tensor_reader import Contents
+from deltaspec.files.tensor_writer import size_of
+from deltaspec.types import Entry, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
-Contents = tuple[
-    dict[str, TensorSpec], dict[str, str]
-]  # tensors by name; alias → the stored name it shares memory with
 
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth")
 TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)")
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
-LFS_POINTER = b"version https://git-lfs"
 
 
 def choose_weights(names: Collection[str]) -> tuple[str, ...]:
@@ -63,25 +63,6 @@ def missing_shards(names: Collection[str]) -> list[str]:
             stem, _, count, suffix = match.groups()
             promised |= {f"{stem}-{number + 1:05d}-of-{count}{suffix}" for number in range(int(count))}
     return sorted(promised - set(names))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that must hold one JSON object.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read, is not JSON, or is not an object.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as cause:
-        message = f"Cannot read '{path}' as JSON ({cause}): download it again."
-        raise CheckpointError(message) from cause
-    if not isinstance(found, dict):
-        message = f"Cannot use '{path}': expected a JSON object, found {type(found).__name__}; download it again."
-        raise CheckpointError(message)
-    return found
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -154,67 +135,13 @@ def gather_indexed(index: Path, reader: Callable[[Path], Contents]) -> tuple[tup
     return files, (tensors, aliases)
 
 
-def read_header(file: Path) -> tuple[bytes, dict[str, Any]]:
-    """Read the header of a safetensors file, checked by the safetensors library.
-
-    Returns
-    -------
-    bytes, dict
-        The file's first 8 bytes and header as stored; name → dtype, shape, data_offsets.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is truncated, its header is not JSON, lies about offsets, or names a tensor twice.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            message = f"Cannot read '{file}': its header names '{twice}' twice; download it again."
-            raise CheckpointError(message)
-        return found
-
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(8)
-            if LFS_POINTER.startswith(raw) and raw:
-                message = f"Cannot read '{file}': it is a git-lfs pointer, not the weights; run git lfs pull."
-                raise CheckpointError(message)
-            with safe_open(file, framework="pt"):
-                raw += stream.read(int.from_bytes(raw, "little"))
-        return raw, json.loads(raw[8:], object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError, SafetensorError) as cause:
-        message = f"Cannot read '{file}' as safetensors ({cause}): it is damaged or truncated; download it again."
-        raise CheckpointError(message) from cause
-
-
-def list_tensors(file: Path) -> Contents:
-    """List the tensors of one safetensors file from its header, and the names it says were left out as shared."""
-    _, header = read_header(file)
-    metadata = header.pop("__metadata__", {})
-    tensors = {
-        name: TensorSpec(name, file, tuple(entry["shape"]), entry["dtype"])
-        for name, entry in sorted(header.items(), key=lambda item: (item[1]["data_offsets"], item[0]))
-    }
-    shared = {name: kept for name, kept in metadata.items() if kept in tensors and name not in tensors}
-    return tensors, shared
-
-
-def load_tensor(spec: TensorSpec) -> Tensor:
-    """Map one tensor into memory in its stored dtype; dropping the result unmaps the file.
-
-    Raises
-    ------
-    CheckpointError
-        If the file has changed since its header was read.
-    """
-    try:
-        with safe_open(spec.file, framework="pt") as stored:
-            tensor: Tensor = stored.get_tensor(spec.name)
-    except (OSError, ValueError, SafetensorError) as cause:
-        message = f"Cannot read '{spec.name}' from '{spec.file}' ({cause}): download the file again."
-        raise CheckpointError(message) from cause
-    return tensor
+def write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> int:
+    """Write the ``index.json`` of some files; returns the bytes of all tensors."""
+    total = sum(
+        size_of(entry.dtype, name=entry.name) * math.prod(entry.shape) for held in files.values() for entry in held
+    )
+    weight_map = {entry.name: name for name, held in files.items() for entry in held}
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    with whole_file(path) as stream:
+        stream.write(json.dumps(content, indent=2).encode())
+    return total

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from deltaspec.errors import RunError
-from deltaspec.io.writer import unwritten
+from deltaspec.files.atomic import unwritten
 from deltaspec.types.versions import numbers_of
 
 MARK = "deltaspec.json"  # in every folder that deltaspec wrote

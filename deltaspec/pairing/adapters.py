@@ -23,6 +23,7 @@ from deltaspec.types import (
     LowRankTerm,
     MatrixKey,
     MatrixSource,
+    NoteKind,
     View,
     WeightPair,
 )
@@ -51,16 +52,17 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
     rows = [(name, place, path) for path, found in homes.items() for name, place in found]
     for name, place, path in sorted(rows, key=lambda row: (natural_order(row[0]), row[1].part)):
         if not chosen(name, options):
-            plan.skip(name, "left out by --include or --exclude")
+            plan.leave_out(name)
         elif path in tuned.modules:
             pairs = pair_factors(known, base, name, term=tuned.modules[path], home=homes[path])
             plan.pairs += pairs
             if not pairs:
                 wrong.append((name, base.tensors[name].shape, factor_shape(tuned.modules[path])))
         elif reason := unreadable(base.tensors[name]) or unreadable(tuned.full[path]):
-            plan.skip(name, reason)
+            plan.skip(name, NoteKind.UNREADABLE, reason)
         elif place.expert is not None or place.parts > 1:
-            plan.skip(name, "stored whole in the adapter in another layout: compare the merged checkpoints for it")
+            reason = "stored whole in the adapter in another layout: compare the merged checkpoints for it"
+            plan.skip(name, NoteKind.LAYOUT, reason)
         else:
             pair_tensor(plan, known, name, (base.tensors[name], tuned.full[path]), options, wrong)
     _pair_biases(plan, base, tuned, homes, known, options)
@@ -68,10 +70,13 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
     refuse_shapes(wrong, vocabulary=bool(roles & VOCABULARY_ROLES) and options.vocab == "strict")
     for name in sorted(tuned.full.keys() - homes.keys(), key=natural_order):
         beside = name.removesuffix(".weight") in tuned.modules
-        plan.skip(name, "stored whole in the adapter, " + ("beside its factors" if beside else "and not in the base"))
+        reason = "stored whole in the adapter, " + ("beside its factors" if beside else "and not in the base")
+        plan.skip(name, NoteKind.WHOLE, reason)
     touched = {name for name, *_ in rows}
     untouched = sum(name not in touched for name in known.matrices)
-    plan.notes.append(f"{untouched} matrices of the base have no factors in the adapter: their delta is zero")
+    plan.note(
+        f"{untouched} matrices of the base have no factors in the adapter: their delta is zero", NoteKind.UNTOUCHED
+    )
     return plan
 
 
@@ -95,15 +100,15 @@ def _pair_tied(plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, 
         twin = next((p for p, found in homes.items() if found[0][0] == embedding and p in tuned.modules), None)
         if twin is None:
             homes[path] = [(embedding, Place(embedding))]
-            plan.notes.append(f"'{name}' is not stored in the base: its factors change the tied '{embedding}'")
+            plan.note(f"'{name}' is not stored in the base: its factors change the tied '{embedding}'")
         elif _same_product(tuned.modules[twin], term):
-            plan.notes.append(f"'{name}' is tied to '{embedding}' and has the same factors")
+            plan.note(f"'{name}' is tied to '{embedding}' and has the same factors")
         else:
             (found,) = known.matrices[embedding]
             key = replace(found.key, tensor=name, role="lm_head")
             sources = MatrixSource(base.tensors[embedding], found.view), LowRankSource((term,), found.view)
             plan.pairs.append(WeightPair(key, found.view.shape, *sources))
-            plan.notes.append(f"'{name}' has factors of its own: compared with the base's tied '{embedding}'")
+            plan.note(f"'{name}' has factors of its own: compared with the base's tied '{embedding}'")
 
 
 def _same_product(first: LowRankTerm, second: LowRankTerm) -> bool:
@@ -123,9 +128,10 @@ def _pair_biases(
         stored, place = homes.get(path, [(weight_of(path), Place(path))])[0]
         name = f"{stored.removesuffix('.weight')}.bias"
         if not chosen(name, options):
-            plan.skip(name, "left out by --include or --exclude")
+            plan.leave_out(name)
         elif place.parts > 1:
-            plan.skip(name, "an adapter's bias in another layout: compare the merged checkpoints for it")
+            reason = "an adapter's bias in another layout: compare the merged checkpoints for it"
+            plan.skip(name, NoteKind.LAYOUT, reason)
         else:
             key = known.vectors.get(name, MatrixKey(name, role="bias"))
             plan.vectors.append(VectorPair(key, base.tensors.get(name), bias, scaling=tuned.modules[path].scaling))
@@ -171,7 +177,7 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
     """
     plan = Plan()
     if base.base_model != tuned.base_model:
-        plan.notes.append(f"the adapters name different bases: '{base.base_model}' and '{tuned.base_model}'")
+        plan.note(f"the adapters name different bases: '{base.base_model}' and '{tuned.base_model}'")
     terms = {
         path if any(a.modules[path].experts for a in (base, tuned) if path in a.modules) else weight_of(path): (
             base.modules.get(path),
@@ -190,12 +196,12 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
     refuse_shapes(wrong, vocabulary=False)
     for name in sorted(terms, key=natural_order):
         if not chosen(name, options):
-            plan.skip(name, "left out by --include or --exclude")
+            plan.leave_out(name)
             continue
         first, second = terms[name]
         for side, term in (("first", first), ("second", second)):
             if term is None:
-                plan.notes.append(f"'{name}' has no factors in the {side} adapter: zero there")
+                plan.note(f"'{name}' has no factors in the {side} adapter: zero there")
         key = replace(known.matrices[name][0].key, part="", role=_role(known.matrices[name]))
         minus = () if first is None else (replace(first, scaling=-first.scaling),)
         plus = () if second is None else (second,)
@@ -206,9 +212,10 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
             own = key if expert is None else replace(key, expert=expert)
             plan.pairs.append(WeightPair(own, view.shape, *sources))
     for name in sorted({*base.full, *tuned.full}, key=natural_order):
-        plan.skip(name, "stored whole in an adapter (modules_to_save): compare the merged checkpoints for it")
+        reason = "stored whole in an adapter (modules_to_save): compare the merged checkpoints for it"
+        plan.skip(name, NoteKind.WHOLE, reason)
     for path in sorted({*base.biases, *tuned.biases}, key=natural_order):
-        plan.skip(f"{path}.bias", "an adapter's bias: compare the merged checkpoints for it")
+        plan.skip(f"{path}.bias", NoteKind.WHOLE, "an adapter's bias: compare the merged checkpoints for it")
     return plan
 
 

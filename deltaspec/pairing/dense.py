@@ -11,7 +11,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import HEAD, Mismatch, Plan, VectorPair, chosen, is_head, refuse_shapes, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
-from deltaspec.types import Checkpoint, Identified, MatrixKey, MatrixSource, TensorSpec, WeightPair
+from deltaspec.types import Checkpoint, Identified, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
 
 VOCABULARY_ROLES = {"embed", "lm_head"}
 
@@ -27,7 +27,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     plan, base, tuned = Plan(), with_aliases(base), with_aliases(tuned)
     mapping, note = align_names(base.tensors, tuned.tensors)
     if note:
-        plan.notes.append(note)
+        plan.note(note)
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
     left_out = _skip_early(plan, base, tuned, mapping, options)
@@ -35,7 +35,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     tied = find_tied(base, tuned, mapping, replace(known, matrices=comparable))
     for name, reason in tied.reasons.items():
         if name not in left_out:
-            plan.skip(name, reason)
+            plan.skip(name, NoteKind.TIED, reason)
             left_out.add(name)
     wrong: list[Mismatch] = []
     for name in sorted((n for n in base.tensors if n in mapping and n not in left_out), key=natural_order):
@@ -49,7 +49,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     for pair in plan.pairs:
         if pair.guessed:
             place = "" if pair.key.depth is None else f" of block {pair.key.depth}"
-            plan.notes.append(f"'{pair.key.tensor}' is in no known family: taken for {pair.key.role}{place}")
+            plan.note(f"'{pair.key.tensor}' is in no known family: taken for {pair.key.role}{place}")
     return plan
 
 
@@ -62,7 +62,7 @@ def _note_coarse_bases(plan: Plan) -> None:
             if GRIDS[base].mantissa < GRIDS[tuned].mantissa and not base.startswith("F8"):
                 kinds[base, tuned] += 1
     for (base, tuned), count in sorted(kinds.items()):
-        plan.notes.append(
+        plan.note(
             f"{count} matrices are {base} in the base and {tuned} in the tuned model: if training began from a finer "
             f"base, the rounding to {base} is counted as change"
         )
@@ -85,9 +85,10 @@ def _skip_early(
         if not chosen(name, options):
             if other and not reason:
                 plan.excluded[name] = (spec, other)
-            reason = "left out by --include or --exclude"
-        if reason:
-            plan.skip(name, reason)
+            plan.leave_out(name)
+            settled.add(name)
+        elif reason:
+            plan.skip(name, NoteKind.UNREADABLE, reason)
             settled.add(name)
     return settled
 
@@ -106,7 +107,7 @@ def pair_tensor(
     if base.shape != tuned.shape:
         if is_head(known, name):
             plan.heads.append((name, base.shape, tuned.shape))
-            plan.skip(name, HEAD)
+            plan.skip(name, NoteKind.HEAD, HEAD)
             return
         differ_in_rows = len(base.shape) == len(tuned.shape) > 0 and base.shape[1:] == tuned.shape[1:]
         vocabulary = bool({key.role for key in _keys(known, name)} & (VOCABULARY_ROLES | {"bias"}))
@@ -114,9 +115,7 @@ def pair_tensor(
             wrong.append((name, base.shape, tuned.shape))
             return
         rows = min(base.shape[0], tuned.shape[0])
-        plan.notes.append(
-            f"'{name}': the first {rows} rows are compared, base has {base.shape[0]}, tuned {tuned.shape[0]}"
-        )
+        plan.note(f"'{name}': the first {rows} rows are compared, base has {base.shape[0]}, tuned {tuned.shape[0]}")
     if name in known.vectors:
         plan.vectors.append(VectorPair(known.vectors[name], base, tuned, rows=rows))
         return
@@ -142,7 +141,7 @@ def _pair_untied_heads(
     """Compare a head that only the tuned model stores with the embedding that serves as head in the base."""
     for head, embedding in heads.items():
         if not chosen(head, options):
-            plan.skip(head, "left out by --include or --exclude")
+            plan.leave_out(head)
             continue
         shape = tuned.tensors[head].shape
         known = Identification({}, {head: MatrixKey(head, role="lm_head")}, "", ())
@@ -151,7 +150,7 @@ def _pair_untied_heads(
             known.matrices[head] = (replace(found, key=replace(found.key, role="lm_head"), guessed=False),)
             known.vectors.clear()
         pair_tensor(plan, known, head, (base.tensors[embedding], tuned.tensors[head]), options, wrong)
-        plan.notes.append(f"'{head}' is stored in the tuned model alone: compared with the base's tied '{embedding}'")
+        plan.note(f"'{head}' is stored in the tuned model alone: compared with the base's tied '{embedding}'")
 
 
 def _place(identified: Identified) -> tuple[object, ...]:
@@ -177,11 +176,11 @@ def _pair_other_layouts(
         sources = MatrixSource(in_base[name], mine.view), MatrixSource(in_tuned[tuned_name], found.view)
         plan.pairs.append(WeightPair(mine.key, mine.view.shape, *sources, mine.guessed))
     if shared:
-        plan.notes.append(f"{len(shared)} matrices are laid out differently in the two models and pair by their place")
+        plan.note(f"{len(shared)} matrices are laid out differently in the two models and pair by their place")
     _skip_rest(plan, in_base, known, {ours[place][1].key for place in shared}, "only in the base")
     _skip_rest(plan, in_tuned, other, {theirs[place][1].key for place in shared}, "only in the tuned model")
     for name in sorted(tuned.tensors.keys() - in_tuned.keys() - settled[1], key=natural_order):
-        plan.skip(name, f"only in the tuned model; {unreadable(tuned.tensors[name])}")
+        plan.skip(name, NoteKind.UNREADABLE, f"only in the tuned model; {unreadable(tuned.tensors[name])}")
 
 
 def _skip_rest(
@@ -192,7 +191,7 @@ def _skip_rest(
         keys = [found.key for found in known.matrices.get(name, ())]
         alone = [key for key in keys if key not in paired]
         for label in [str(key) for key in alone] if len(alone) < len(keys) else [name]:
-            plan.skip(label, reason)
+            plan.skip(label, NoteKind.ONE_SIDED, reason)
 
 
 def _unique_places(

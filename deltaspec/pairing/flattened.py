@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from deltaspec.errors import PairingError
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.types import AdapterIndex, Checkpoint, NoteKind
 
 COMPONENT = re.compile(r"lora_[a-z0-9]+_")
 Paths = dict[str, dict[str, list[str]]]
@@ -45,7 +45,7 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> Ad
     for component, modules in components.items():
         resolved = _resolve(component, modules, paths, base)
         if not resolved:
-            plan.skip(f"{component}*", f"{base.ref} holds none of its {len(modules)} modules")
+            plan.skip(f"{component}*", NoteKind.ONE_SIDED, f"{base.ref} holds none of its {len(modules)} modules")
         found |= resolved
     if not found:
         raise _lacking(next(iter(adapter.modules)), base)

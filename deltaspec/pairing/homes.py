@@ -44,7 +44,7 @@ def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
         if len(mapping) > len(homes):
             homes, best = {wanted[mapped]: names[name] for name, mapped in mapping.items()}, note
     if best:
-        plan.notes.append(best)
+        plan.note(best)
     return homes
 
 

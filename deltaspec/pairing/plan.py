@@ -10,7 +10,7 @@ from deltaspec.architecture.match import Identification
 from deltaspec.errors import PairingError
 from deltaspec.linalg.numerics import GRIDS
 from deltaspec.options import AnalyzeOptions
-from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, TensorSpec, WeightPair
+from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, TensorSpec, WeightPair
 
 HEAD = "a task head of another shape than the base's"
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -39,16 +39,24 @@ class Plan:
 
     pairs: list[WeightPair] = field(default_factory=list)
     vectors: list[VectorPair] = field(default_factory=list)
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[Note] = field(default_factory=list)
     excluded: dict[str, tuple[TensorSpec, TensorSpec]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     family: str = "generic"
     attached: list[tuple[MatrixKey, tuple[int, int]]] = field(default_factory=list)
     heads: list[Mismatch] = field(default_factory=list)
 
-    def skip(self, name: str, reason: str) -> None:
+    def skip(self, name: str, kind: NoteKind, reason: str) -> None:
         """List a tensor that is not compared."""
-        self.skipped.append({"tensor": name, "reason": reason})
+        self.skipped.append(Note(kind, reason, name))
+
+    def leave_out(self, name: str) -> None:
+        """List a tensor that --include or --exclude keep out."""
+        self.skip(name, NoteKind.OPTIONS, "left out by --include or --exclude")
+
+    def note(self, text: str, kind: NoteKind = NoteKind.REMARK) -> None:
+        """Say what was assumed."""
+        self.notes.append(Note(kind, text))
 
 
 def chosen(name: str, options: AnalyzeOptions) -> bool:
@@ -103,13 +111,12 @@ def refuse_empty(plan: Plan, base: Checkpoint | AdapterIndex, tuned: Checkpoint 
     """
     if plan.pairs or plan.vectors:
         return
-    reasons = {row["reason"] for row in plan.skipped}
-    if reasons == {"left out by --include or --exclude"}:
+    if {note.kind for note in plan.skipped} == {NoteKind.OPTIONS}:
         message = f"--include and --exclude leave nothing of {base.ref} to compare: loosen them."
         raise PairingError(message)
-    first = plan.skipped[0] if plan.skipped else {"tensor": "nothing", "reason": "empty"}
+    first = plan.skipped[0] if plan.skipped else Note(NoteKind.REMARK, "empty", "nothing")
     message = (
-        f"Nothing in {base.ref} pairs with {tuned.ref} (for example '{first['tensor']}': {first['reason']}): "
+        f"Nothing in {base.ref} pairs with {tuned.ref} (for example '{first.tensor}': {first}): "
         "check that both are the same kind of model."
     )
     raise PairingError(message)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError
-from deltaspec.store.record import file_stem, read_json_header, write_atomically
+from deltaspec.files.atomic import write_atomically
+from deltaspec.store.record import file_stem, read_json_header
 
 if TYPE_CHECKING:
     from torch import Tensor

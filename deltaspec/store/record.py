@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from deltaspec.errors import RunError
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 
-LEFTOVER = re.compile(r".*\.(safetensors|json)\.([0-9]+)\.tmp")
 LONGEST_NAME = 180  # file systems take 255 bytes; suffixes need the rest
 
 
@@ -26,28 +23,6 @@ def file_stem(store_key: str) -> str:
     if len(name) <= LONGEST_NAME:
         return name
     return f"{name[:140]}-{hashlib.sha256(store_key.encode()).hexdigest()[:24]}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary neighbour, then a rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def is_leftover(path: Path) -> bool:
-    """Tell whether a file is what a write that was killed left behind: ours, and its process gone."""
-    match = LEFTOVER.fullmatch(path.name)
-    if match is None:
-        return False
-    try:
-        os.kill(int(match[2]), 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        return False
-    return int(match[2]) == os.getpid()
 
 
 def encode(record: MatrixRecord, spectrum: Spectrum) -> bytes:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.store.record import encode, file_stem, is_leftover, read_record, read_spectrum, write_atomically
+from deltaspec.files.atomic import is_leftover, write_atomically
+from deltaspec.store.record import encode, file_stem, read_record, read_spectrum
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 from deltaspec.types.versions import numbers_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.store.record import is_leftover, write_atomically
+from deltaspec.files.atomic import is_leftover, write_atomically
 from deltaspec.store.run import Run, differences
 
 if TYPE_CHECKING:

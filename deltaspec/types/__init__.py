@@ -5,6 +5,8 @@ Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F
 """
 
 from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
+from deltaspec.types.notes import Note, NoteKind
+from deltaspec.types.progress import Step
 from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectrum, Truncation
 from deltaspec.types.stored import (
     AdapterIndex,
@@ -33,9 +35,12 @@ __all__ = [
     "MatrixRecord",
     "MatrixSource",
     "ModulePair",
+    "Note",
+    "NoteKind",
     "Rounding",
     "Shape",
     "Spectrum",
+    "Step",
     "TensorSpec",
     "Truncation",
     "View",

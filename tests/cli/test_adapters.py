@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from deltaspec.cli.main import cli
-from tests.workflows.test_extract import noisy_pair
+from tests.workflows.extraction.test_extract import noisy_pair
 
 
 @pytest.fixture(scope="module")

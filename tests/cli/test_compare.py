@@ -16,8 +16,8 @@ from deltaspec.cli.compare import compare as command
 from deltaspec.cli.compare_table import HEADS
 from deltaspec.cli.main import cli
 from deltaspec.options import CompareOptions
-from deltaspec.workflows import compare as workflow
-from tests.workflows.train_case import run, write_case
+from deltaspec.workflows.comparison import compare as workflow
+from tests.workflows.training.train_case import run, write_case
 
 NAMES = ("full", "r2", "r4", "again", "series")
 

@@ -14,8 +14,8 @@ from deltaspec.cli.main import cli
 from deltaspec.cli.train import train
 from deltaspec.cli.train_flags import KINDS
 from deltaspec.cli.train_report import Ticks
-from deltaspec.training.loop import Tick
-from tests.workflows.train_case import write_case
+from deltaspec.training.loop.steps import Tick
+from tests.workflows.training.train_case import write_case
 
 
 @pytest.fixture(scope="module")

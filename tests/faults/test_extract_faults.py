@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from deltaspec.errors import RunError
-from deltaspec.io import writer
+from deltaspec.files import tensor_writer as writer
 from deltaspec.options import AnalyzeOptions, ExtractOptions, RankOptions
-from deltaspec.workflows.extract import extract
+from deltaspec.workflows.extraction.extract import extract
 
 COMMAND = [sys.executable, "-c", "from deltaspec.cli.main import main; main()", "extract"]
 OPTIONS = ExtractOptions(RankOptions(amounts=(16,)), analysis=AnalyzeOptions(device="cpu"))

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, NumericalError, RunError
-from deltaspec.io import writer
+from deltaspec.files import tensor_writer as writer
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import MergeOptions
-from deltaspec.workflows.merge import merge
+from deltaspec.workflows.merging.merge import merge
 from tests.families import write
 from tests.pairing.test_adapters import adapter, factors
 

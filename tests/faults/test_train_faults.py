@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from deltaspec.errors import CheckpointError, NumericalError, RunError
-from deltaspec.workflows import train_folder, train_run
-from tests.workflows.train_case import read_bytes, read_lines, run, write_case
+from deltaspec.store import training_folder
+from deltaspec.workflows.training import session
+from tests.workflows.training.train_case import read_bytes, read_lines, run, write_case
 
 COMMAND = [sys.executable, "-c", "from deltaspec.cli.main import main; main()", "train"]
 STEPS = 30
@@ -65,7 +66,7 @@ def test_a_killed_and_interrupted_training_ends_with_the_same_bytes(root, tmp_pa
 
 def test_a_checkpoint_that_cannot_be_written_is_not_there(root, tmp_path, monkeypatch):
     """The disk fills up at the second one; with space again, the training goes on from the first."""
-    whole = train_folder.write_tensors
+    whole = training_folder.write_tensors
     calls = []
 
     def fill_up(file, tensors, **given):
@@ -74,7 +75,7 @@ def test_a_checkpoint_that_cannot_be_written_is_not_there(root, tmp_path, monkey
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_folder, "write_tensors", fill_up)
+    monkeypatch.setattr(training_folder, "write_tensors", fill_up)
     with pytest.raises(RunError, match=r"step-00000004.*No space left on device"):
         run(root, tmp_path / "out", run={"checkpoint_every": 2})
     assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-00000002"]
@@ -114,7 +115,7 @@ def test_out_of_memory_is_one_sentence(root, tmp_path, monkeypatch, failure):
     def fail(*_args, **_given):
         raise failure
 
-    monkeypatch.setattr(train_run, "run_loop", fail)
+    monkeypatch.setattr(session, "run_loop", fail)
     with pytest.raises(NumericalError, match="Out of memory on cpu: pass a smaller --batch with more --accumulate"):
         run(root, tmp_path / "out")
 
@@ -124,7 +125,7 @@ def test_another_error_stays_what_it_is(root, tmp_path, monkeypatch):
         message = "mat1 and mat2 shapes cannot be multiplied"
         raise RuntimeError(message)
 
-    monkeypatch.setattr(train_run, "run_loop", fail)
+    monkeypatch.setattr(session, "run_loop", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         run(root, tmp_path / "out")
 
@@ -137,7 +138,7 @@ import accelerate
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from tests.workflows.train_case import run
+from tests.workflows.training.train_case import run
 
 torch.set_num_threads(1)
 root = Path(sys.argv[1])

@@ -18,14 +18,14 @@ from deltaspec.errors import OptionError, RunError
 from deltaspec.plots.figures import FIGURES
 from deltaspec.plots.tables import tabulate_cells
 from deltaspec.store.run import Run
-from deltaspec.workflows.plot import plot
+from deltaspec.workflows.analysis.write_figures import plot
 from tests.figures import synthetic
 
 ROOT = Path(__file__).parents[2]
 AGAIN = """
 import sys
 from deltaspec.store.run import Run
-from deltaspec.workflows.plot import plot
+from deltaspec.workflows.analysis.write_figures import plot
 plot(Run.load(sys.argv[1]))
 """
 

@@ -13,7 +13,7 @@ import deltaspec
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io.open import fingerprint, open_source
 from deltaspec.types import AdapterIndex
-from deltaspec.workflows.merge import merge
+from deltaspec.workflows.merging.merge import merge
 from tests.families import FAMILIES, random_state, write
 
 UNET = random_state(FAMILIES["unet"])

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaspec.errors import CheckpointError, RunError
-from deltaspec.io import writer
+from deltaspec.files import tensor_writer as writer
+from deltaspec.files.dtypes import TORCH
+from deltaspec.files.tensor_writer import write_safetensors
 from deltaspec.io.staging import Staging
-from deltaspec.io.writer import TORCH, write_safetensors
 from deltaspec.types import Entry
 
 NAMES = {dtype: name for name, dtype in TORCH.items()}

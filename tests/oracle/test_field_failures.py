@@ -35,8 +35,8 @@ from tests.oracle.street import (
     settings,
     stored,
 )
-from tests.workflows.test_extract import products
-from tests.workflows.test_merge import summed
+from tests.workflows.extraction.test_extract import products
+from tests.workflows.merging.test_merge import summed
 
 pytestmark = QUIET
 EXACT, SEEN = 1e-5, 1e-2  # of outputs: the same, and clearly another

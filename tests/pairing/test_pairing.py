@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import deltaspec
 from deltaspec.errors import PairingError
 from deltaspec.pairing.names import align_names, natural_order
-from deltaspec.workflows.analyze import make_plan
+from deltaspec.workflows.analysis.analyze import make_plan
 from tests.families import FAMILIES, random_state, write
 
 OPTIONS = deltaspec.AnalyzeOptions(device="cpu")
@@ -28,7 +28,7 @@ def matrix(*shape, seed=0):
 
 
 def reasons(plan):
-    return {row["tensor"]: row["reason"] for row in plan.skipped}
+    return {note.tensor: note.text for note in plan.skipped}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_head_untied_by_tuning_is_compared_with_the_embedding_it_was(tmp_path)
     plan = pair(tmp_path, base, tuned)
     head = next(p for p in plan.pairs if p.key.role == "lm_head")
     assert (head.base.spec.name, head.tuned.spec.name) == (EMBED, HEAD)
-    assert any("tied" in note for note in plan.notes)
+    assert any("tied" in str(note) for note in plan.notes)
 
 
 def test_pickled_weights_that_share_memory_are_compared_once(tmp_path):
@@ -158,7 +158,7 @@ def test_a_grown_vocabulary_stops_with_the_way_out(tmp_path):
     plan = pair(tmp_path, base, tuned, vocab="common")
     grown = next(p for p in plan.pairs if p.key.tensor == EMBED)
     assert grown.shape == (9, 4)
-    assert any("first 9 rows" in note for note in plan.notes)
+    assert any("first 9 rows" in str(note) for note in plan.notes)
 
 
 def test_the_common_rows_are_the_first_ones(tmp_path):
@@ -202,7 +202,7 @@ def test_experts_stacked_in_one_model_alone_still_pair(stacked, tmp_path):
     tuned = {name: tensor for name, tensor in random_state(many).items() if "experts" in name}
     plan = pair(tmp_path, {n: t for n, t in base.items() if "experts" in n}, tuned, one.config)
     assert len(plan.pairs) == sum("experts" in name for name in base)
-    assert any("laid out differently" in note for note in plan.notes)
+    assert any("laid out differently" in str(note) for note in plan.notes)
     assert not plan.skipped
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from deltaspec.training.attachment import Method
-from deltaspec.training.methods import (
-    bitfit,
-    bottleneck,
-    compacter,
-    full,
-    last_layers,
-    lora,
-    lora_xs,
-    prefix,
-    prompt,
-    tied,
-    vblora,
-    vera,
-)
+from deltaspec.training.methods.base_weights import bitfit, full, last_layers
+from deltaspec.training.methods.bottleneck import compacter, series_parallel
+from deltaspec.training.methods.lora import lora
+from deltaspec.training.methods.shared_factors import lora_xs, tied, vblora, vera
+from deltaspec.training.methods.virtual_tokens import prefix, prompt
+from deltaspec.training.sites.attachment import Method
 
 METHODS: dict[str, Method] = {
     "full": full.METHOD,
     "last_layers": last_layers.METHOD,
     "bitfit": bitfit.METHOD,
     "lora": lora.METHOD,
-    "series": bottleneck.SERIES,
-    "parallel": bottleneck.PARALLEL,
+    "series": series_parallel.SERIES,
+    "parallel": series_parallel.PARALLEL,
     "compacter": compacter.METHOD,
     "prefix": prefix.METHOD,
     "prompt": prompt.METHOD,

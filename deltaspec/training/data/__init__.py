@@ -1,0 +1,1 @@
+"""Data of any kind → token ids, and the batches of every step."""

@@ -1,0 +1,1 @@
+"""Methods that train the base's own weights: full, last layers, BitFit."""

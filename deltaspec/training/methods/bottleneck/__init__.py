@@ -1,0 +1,1 @@
+"""Bottleneck adapters: series, parallel, Compacter."""

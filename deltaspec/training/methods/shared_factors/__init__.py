@@ -1,0 +1,1 @@
+"""Methods whose factors are shared or frozen: VB-LoRA, VeRA, Tied-LoRA, LoRA-XS."""

@@ -1,0 +1,1 @@
+"""Virtual tokens: prefix and prompt tuning."""

@@ -1,0 +1,1 @@
+"""Several adapters on one model: switched, merged, or one for each row of a batch."""

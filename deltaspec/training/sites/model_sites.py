@@ -1,0 +1,135 @@
+"""The matrices of a running model: where each lies, and how its part of a module's output is found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltaspec.architecture.match import Identification, identify
+from deltaspec.architecture.views import view_matrix
+from deltaspec.errors import OptionError
+from deltaspec.training.sites.adapted import Adapted, take_outputs
+from deltaspec.training.sites.site import Site
+from deltaspec.types import MatrixKey, Shape, View
+
+WRAPPED = re.compile(r"\.base(?=\.)")
+HEADS = ("classifier", "lm_head")  # roles
+
+
+def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module that holds a weight by its path in the base model, as it is without adapters."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, Adapted):
+            inside.append(f"{name}.")
+            module = module.base
+        yield name, module
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the base model's own parameters by their names without adapters; tied ones once."""
+    parameters = {}
+    adapted = {name for name, module in model.named_modules() if isinstance(module, Adapted)}
+    for name, parameter in model.named_parameters():
+        owner = name
+        while "." in owner:  # inside an Adapted, only what hangs below .base is the model's own
+            owner = owner.rpartition(".")[0]
+            if owner in adapted and not name.startswith(f"{owner}.base."):
+                break
+        else:
+            parameters[WRAPPED.sub("", name)] = parameter
+    return parameters
+
+
+def identify_parameters(model: nn.Module) -> Identification:
+    """Say what every parameter of a running model is; tied ones once, adapters left out."""
+    config: Any = getattr(model, "config", None)
+    shapes = {name: tuple(parameter.shape) for name, parameter in base_parameters(model).items()}
+    return identify(shapes, config.to_dict() if config else {})
+
+
+def kind_of(module: nn.Module) -> str:
+    """Say what kind of site a module is: linear, conv1d, embedding, or none ("")."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else ""
+
+
+def list_sites(model: nn.Module, *, split: bool) -> list[Site]:
+    """List every matrix of a running model that a method could change, in the model's order.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Of transformers, on any device; adapters that are attached already do not count.
+    split : bool
+        Parts of fused matrices one by one, instead of whole.
+    """
+    config: Any = getattr(model, "config", None)
+    modules = {path: module for path, module in list_modules(model) if kind_of(module)}
+    shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in base_parameters(model).items()}
+    shapes |= {f"{path}.weight": tuple(_weight(module).shape) for path, module in modules.items()}  # tied ones too
+    found = identify(shapes, config.to_dict() if config else {}).matrices
+    sites: list[Site] = []
+    for path, module in modules.items():
+        kind, parts = kind_of(module), found.get(f"{path}.weight", ())
+        rows, columns = _weight(module).shape
+        shape = (columns, rows) if kind == "conv1d" else (rows, columns)
+        fused = len(parts) > 1
+        if split and fused:
+            sites += [Site(path, kind, p.key, p.view.shape, p.view, whole=False) for p in parts]
+        else:
+            key = parts[0].key if parts else MatrixKey(f"{path}.weight")
+            key = MatrixKey(key.tensor, "", _fused_role(parts) if fused else key.role, key.depth, None, key.stack)
+            sites.append(Site(path, kind, key, shape, View(shape, transposed=kind == "conv1d")))
+    return sites
+
+
+def _fused_role(parts: Sequence[Any]) -> str:
+    roles = [part.key.role for part in parts]
+    if roles[:1] == ["q_proj"]:
+        return "qkv_proj"
+    return "gate_up_proj" if set(roles) == {"gate_proj", "up_proj"} else roles[0]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the base model's own module at a path, from under its adapters."""
+    module = model.get_submodule(path)
+    return module.base if isinstance(module, Adapted) else module
+
+
+def base_matrix(module: nn.Module, site: Site) -> Tensor:
+    """Return the base weight (d_out, d_in) of a site, shared memory where strides allow."""
+    return _weight(module) if site.whole and site.kind != "conv1d" else view_matrix(_weight(module), site.view)
+
+
+def base_bias(module: nn.Module, site: Site) -> Tensor | None:
+    """Return the bias (d_out,) of a site's rows, or None."""
+    bias = getattr(module, "bias", None)
+    if bias is None or site.whole:
+        return bias
+    return take_outputs(bias, site.view)
+
+
+def refuse_embeddings(sites: Sequence[Site], method: str) -> None:
+    """Refuse embeddings among the sites of a method that has no form for them; OptionError names the first."""
+    for site in sites:
+        if site.kind == "embedding":
+            message = (
+                f"--method {method} changes linear layers only, and '{site.name}' is an embedding: leave it out of "
+                "--targets, or take --method lora."
+            )
+            raise OptionError(message)

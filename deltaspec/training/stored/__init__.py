@@ -1,0 +1,1 @@
+"""Attachments ⇄ what an adapter folder holds."""

@@ -1,0 +1,205 @@
+"""Two checkpoints → a run directory of spectra and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deltaspec.engine.local import resolve_devices
+from deltaspec.errors import AdapterError, PairingError
+from deltaspec.io.open import identify_source, open_source
+from deltaspec.options import AnalyzeOptions
+from deltaspec.pairing.adapters import pair_adapter, pair_adapters
+from deltaspec.pairing.dense import pair_checkpoints
+from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
+from deltaspec.store.run import Run
+from deltaspec.types import AdapterIndex, Checkpoint, LowRankSource, NoteKind, Step
+from deltaspec.workflows.analysis.stored_matrix import Task, analyze_matrix, memory_of
+from deltaspec.workflows.shared.fill_run import fill_run
+from deltaspec.workflows.shared.opened_base import Base, Source
+from deltaspec.workflows.shared.run_names import default_path, describe_environment, unwritable
+from deltaspec.workflows.shared.vector_changes import compare_vectors
+
+
+def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> tuple[Plan, Source, Source]:
+    """Open both sides and pair them whole; reads headers alone (and embeddings, to see whether they are tied).
+
+    Parameters
+    ----------
+    base, tuned : str or Path
+        A folder, a file, or a hub id with @revision; an adapter folder on the tuned side or on both.
+    options : AnalyzeOptions
+
+    Raises
+    ------
+    CheckpointError, PairingError
+        If a side cannot be read, or the two do not belong together.
+    """
+    first, second = open_source(base), open_source(tuned)
+    plan = pair_sources(first, second, options)
+    refuse_shapes(plan.heads, vocabulary=False)
+    return plan, first, second
+
+
+def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Plan:
+    """Say what ``analyze`` would compare; reads no weights of the base, and headers of the tuned side.
+
+    Parameters
+    ----------
+    base : Base
+    tuned : str or Path
+        As of ``analyze``. An adapter that is not plain LoRA is read, and attached to the base without weights.
+    options : AnalyzeOptions
+
+    Raises
+    ------
+    DeltaspecError
+        As of ``analyze``.
+    """
+    try:
+        second = open_source(tuned)
+    except AdapterError as adapter:
+        from deltaspec.workflows.analysis.attached_adapter import (
+            plan_attached,  # training's rooms load for such adapters only
+        )
+
+        return plan_attached(base, adapter, options, ref=str(tuned))
+    return pair_sources(base.source, second, options)
+
+
+def pair_sources(first: Source, second: Source, options: AnalyzeOptions) -> Plan:
+    """Pair two sides that are open.
+
+    Raises
+    ------
+    PairingError
+        If the two do not belong together.
+    """
+    if isinstance(first, AdapterIndex):
+        if isinstance(second, Checkpoint):
+            message = f"The base {first.ref} is an adapter and {second.ref} a full checkpoint: swap the two arguments."
+            raise PairingError(message)
+        plan = pair_adapters(first, second, options)
+    elif isinstance(second, AdapterIndex):
+        plan = pair_adapter(first, second, options)
+    else:
+        plan = pair_checkpoints(first, second, options)
+    refuse_empty(plan, first, second)
+    return plan
+
+
+def analyze(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path | None = None,
+    *,
+    options: AnalyzeOptions | None = None,
+    progress: Callable[[Step], None] | None = None,
+) -> Run:
+    """Decompose the change of every weight matrix between two checkpoints, and store what it says.
+
+    Parameters
+    ----------
+    base, tuned : str or Path
+        A folder, a file, or a hub id with @revision; an adapter folder on the tuned side or on both. LoRA adapters
+        are read off their files; those of other methods, and DoRA, are attached to the running base.
+    out : str or Path, optional
+        The run directory; by default one under ``runs`` named after both sides. An unfinished one goes on where it
+        stopped, a finished one is returned as it is.
+    options : AnalyzeOptions, optional
+    progress : callable, optional
+        Called with a Step after each matrix.
+
+    Returns
+    -------
+    Run
+        With one record for each matrix and spectrum; matrices that failed are in ``run.failures``.
+
+    Raises
+    ------
+    DeltaspecError
+        If a side cannot be read, the two do not pair, or the run directory belongs to something else.
+    """
+    return analyze_against(Base(base), tuned, out, options=options or AnalyzeOptions(), progress=progress)
+
+
+def analyze_against(
+    base: Base,
+    tuned: str | Path,
+    out: str | Path | None = None,
+    *,
+    options: AnalyzeOptions,
+    progress: Callable[[Step], None] | None = None,
+    sibling: Run | None = None,
+) -> Run:
+    """Do what ``analyze`` does, with a base that is open.
+
+    Parameters
+    ----------
+    base : Base
+    tuned, out, options, progress
+        As of ``analyze``.
+    sibling : Run, optional
+        Of the same base with the same options: spectra of the base itself are taken from it.
+    """
+    devices = resolve_devices(options.device, options.workers)
+    try:
+        second = open_source(tuned)
+    except AdapterError as adapter:
+        from deltaspec.workflows.analysis.attached_adapter import (
+            analyze_attached,  # training's rooms load for such adapters only
+        )
+
+        return analyze_attached(base, adapter, out, ref=str(tuned), options=options, progress=progress, sibling=sibling)
+    plan = pair_sources(base.source, second, options)
+    tasks = _make_tasks(plan, options)
+    manifest = _manifest(plan, base.source, second, options, tasks)
+    run = Run.create_or_resume(out or default_path(manifest), manifest)
+    try:
+        compare_vectors(plan, run)
+        if sibling:
+            run.adopt(sibling, [(task.key, task.store_key) for task in tasks if task.spectrum_of == "base"])
+        fill_run(
+            run,
+            tasks,
+            lambda task, device: analyze_matrix(task, options, device, norms=base.norms),
+            cost=partial(memory_of, options=options),
+            options=options,
+            devices=devices,
+            progress=progress,
+        )
+    except OSError as cause:
+        raise unwritable(run.path, cause) from cause
+    return Run.load(run.path)
+
+
+def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
+    return {
+        "base": identify_source(base),
+        "tuned": identify_source(tuned),
+        "options": options.identity(),
+        **describe_environment(),
+        "family": plan.family,
+        "notes": [str(note) for note in plan.notes],
+        "skipped": [note.to_dict() for note in plan.skipped],
+        "planned": [task.store_key for task in tasks],
+    }
+
+
+def _make_tasks(plan: Plan, options: AnalyzeOptions) -> list[Task]:
+    """One task for each pair and spectrum; a side that is stored as factors has no spectrum of its own."""
+    tasks = {}
+    for pair in plan.pairs:
+        for of in options.spectra:
+            task = Task(pair, of)
+            if of != "delta" and isinstance(pair.base if of == "base" else pair.tuned, LowRankSource):
+                reason = "stored as factors alone: analyse the merged checkpoint for it"
+                plan.skip(task.store_key, NoteKind.WHOLE, reason)
+            elif task.store_key in tasks:
+                message = f"Two matrices would be stored as '{task.store_key}': leave one out with --exclude."
+                raise PairingError(message)
+            else:
+                tasks[task.store_key] = task
+    return list(tasks.values())

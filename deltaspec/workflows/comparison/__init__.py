@@ -1,0 +1,1 @@
+"""Finished trainings of one base, side by side."""

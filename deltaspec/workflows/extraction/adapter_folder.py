@@ -1,0 +1,153 @@
+"""Finished factors → adapter folders: what goes in, at which rank, and the report of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.extraction.factors import DTYPES, block_diagonal, pad
+from deltaspec.io.matrix import read_tensor
+from deltaspec.io.peft_writer import write_adapter
+from deltaspec.pairing.modules import row_ids
+from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
+from deltaspec.workflows.extraction.certificate import write_report
+from deltaspec.workflows.extraction.nouns import Assembly, Leftover
+
+if TYPE_CHECKING:
+    pass
+
+
+def write_adapters(assembly: Assembly, folder: Path, *, labels: Mapping[str, float]) -> dict[str, Any]:
+    """Write one adapter into ``folder``, or one for each label into folders of their names; return the reports."""
+    reports = {}
+    for label in labels:
+        place = folder if len(labels) == 1 else folder / label
+        place.mkdir(parents=True, exist_ok=True)
+        reports[label] = _write_one(assembly, place, label)
+    return reports
+
+
+def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
+    form = assembly.options.form
+    with_bias = form.extras in ("bias", "all")
+    ranks = _stored_ranks(assembly, label)
+    modules = [_module(assembly, m, label, rank=ranks[m.path], with_bias=with_bias) for m in assembly.changed]
+    modules += _bias_only(assembly, ranks) if with_bias else []
+    modules = [module for module in modules if module.rank]
+    full = _whole_entries(assembly) if form.extras == "all" else []
+    refused = write_adapter(
+        folder,
+        modules,
+        full,
+        base=assembly.sources.base,
+        dtype=assembly.sources.dtype,
+        rslora=form.rslora,
+        loader=assembly.loader,
+        untied=assembly.sources.heads,
+    )
+    carried = {m.path for m in modules if m.read_bias and f"{m.path}.bias" not in refused and m.path not in refused}
+    stored = {entry.name for entry in full} - refused.keys()
+    left = [item for item in assembly.rest.leftovers if not _is_carried(item, carried, stored)]
+    left += [_without(assembly, m, refused[m.path]) for m in assembly.changed if m.path in refused]
+    left += [_without(assembly, m, "the policy gives it no direction") for m in assembly.changed if not ranks[m.path]]
+    modules = [module for module in modules if module.path not in refused]
+    return write_report(assembly, folder, label=label, modules=modules, full=sorted(stored), left=left, refused=refused)
+
+
+def _without(assembly: Assembly, module: ModulePair, reason: str) -> Leftover:
+    energy = sum(assembly.rows[str(pair.key)]["energy"] for pair in module.pairs)
+    return Leftover(module.name, module.pairs[0].key.role, reason, energy)
+
+
+def _is_carried(item: Leftover, biases: set[str], stored: set[str]) -> bool:
+    return item.name in stored or (item.role == "bias" and item.name.removesuffix(".bias") in biases)
+
+
+def _stored_ranks(assembly: Assembly, label: str) -> dict[str, int]:
+    """Each module's rank in the file: one for all where the target or the policy wants one, else its own."""
+    own, parts = {}, False
+    for module in assembly.changed:
+        found = [assembly.rows[str(pair.key)]["results"][label]["rank"] for pair in module.pairs]
+        split = module.kind != "stack" and len(module.pairs) > 1
+        parts = parts or split
+        own[module.path] = sum(found) if split else max(found)
+    one = assembly.options.form.target != "peft" or (assembly.options.ranks.policy == "rank" and not parts)
+    return dict.fromkeys(own, max(own.values(), default=0)) if one else own
+
+
+def _module(assembly: Assembly, module: ModulePair, label: str, *, rank: int, with_bias: bool) -> AdapterModule:
+    bias = assembly.rest.biases.get(f"{module.path}.bias") if with_bias and module.kind != "stack" else None
+    return AdapterModule(
+        module.path,
+        module.kind,
+        module.shape,
+        rank,
+        partial(_read, assembly, module, label),
+        kernel=module.kernel,
+        experts=len(module.pairs) if module.kind == "stack" else 0,
+        read_bias=bias,
+        transposed=module.transposed,
+    )
+
+
+def _bias_only(assembly: Assembly, ranks: dict[str, int]) -> list[AdapterModule]:
+    """Modules whose bias alone changed: factors of zeros carry it."""
+    paths = {module.path for module in assembly.changed}
+    found = []
+    for module in assembly.sources.modules:
+        bias = assembly.rest.biases.get(f"{module.path}.bias")
+        if bias and module.path not in paths and module.kind in ("linear", "conv1d", "conv"):
+            empty = torch.zeros(0, module.shape[1]), torch.zeros(module.shape[0], 0)
+            rank = min(ranks.values(), default=1) or 1
+            read = partial(_constant, empty)
+            found.append(AdapterModule(module.path, module.kind, module.shape, rank, read, module.kernel, 0, bias))
+    return found
+
+
+def _constant(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return factors
+
+
+def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, Tensor]:
+    """Read a module's factors from its pieces, joined where it is fused or a stack."""
+    dtype = DTYPES[assembly.sources.dtype]
+    pairs = []
+    for pair in module.pairs:
+        tensors = assembly.pieces.tensors(str(pair.key))
+        empty = torch.zeros(0, pair.shape[1], dtype=dtype), torch.zeros(pair.shape[0], 0, dtype=dtype)
+        pairs.append(tuple(tensors.get(f"{label}.{n}", e) for n, e in zip(("lora_A", "lora_B"), empty, strict=True)))
+    if module.kind == "stack":
+        rank = max(a.shape[0] for a, _ in pairs)
+        padded = [pad(a, b, rank) for a, b in pairs]
+        return torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
+    if len(pairs) > 1:
+        places = [torch.tensor(row_ids(pair.base.view, module.shape[0])) for pair in module.pairs]
+        return block_diagonal([(a, b, rows) for (a, b), rows in zip(pairs, places, strict=True)], rows=module.shape[0])
+    lora_A, lora_B = pairs[0]
+    if lora_B.shape[0] < module.shape[0]:  # a vocabulary that shrank: rows that only the base has stay as they are
+        lora_B = torch.cat([lora_B, lora_B.new_zeros(module.shape[0] - lora_B.shape[0], lora_B.shape[1])])
+    return lora_A, lora_B
+
+
+def _whole_entries(assembly: Assembly) -> list[Entry]:
+    """Tensors that changed and have no factors, with the other tensors of their modules, as modules_to_save stores.
+
+    Left out are tensors with scales, which only their module could read, and what lies beside factors in one module.
+    """
+    plan, modules = assembly.sources.plan, assembly.sources.modules
+    stored = {item.name: item.whole for item in assembly.rest.leftovers if item.whole is not None}
+    known = {vector.key.tensor: vector.tuned for vector in plan.vectors if vector.scaling is None}
+    known |= {p.key.tensor: p.tuned.spec for p in plan.pairs if isinstance(p.tuned, MatrixSource)}
+    wanted = {name.rpartition(".")[0] for name in stored}
+    wanted -= {path for path in wanted if any(f"{module.path}.".startswith(f"{path}.") for module in modules)}
+    chosen = {name: spec for name, spec in (known | stored).items() if name.rpartition(".")[0] in wanted}
+    return [
+        Entry(name, spec.shape, spec.dtype, partial(read_tensor, spec))
+        for name, spec in chosen.items()
+        if spec.scale is None
+    ]

@@ -1,0 +1,147 @@
+"""Adapters → one adapter: their sum, recompressed exactly through QR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.engine.local import resolve_devices
+from deltaspec.errors import OptionError, PairingError
+from deltaspec.io.matrix import read_tensor
+from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.peft import is_parameter
+from deltaspec.io.peft_targets import StandIn
+from deltaspec.io.staging import Staging
+from deltaspec.options import ExtractOptions
+from deltaspec.pairing.flattened import is_flattened, resolve_flattened
+from deltaspec.pairing.plan import Plan
+from deltaspec.pairing.sums import Total, sum_adapters
+from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec
+from deltaspec.workflows.extraction.extract import build
+from deltaspec.workflows.extraction.nouns import Leftover, Rest, Sources
+from deltaspec.workflows.extraction.runner import Runner
+from deltaspec.workflows.extraction.sources import resolve_dtype
+
+Weighted = tuple[str | Path, float]
+
+
+def combine(
+    adapters: Sequence[Weighted],
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    options: ExtractOptions | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Step], None] | None = None,
+) -> dict[str, Any]:
+    """Write Σ weight·scaling·B·A of one or more adapters as one adapter.
+
+    Parameters
+    ----------
+    adapters : sequence of (path, weight)
+        LoRA folders, or files in kohya's naming, of one base; one alone is resized.
+    out : str or Path
+        The new adapter's folder, written whole or not at all.
+    base : str or Path, optional
+        The base model, which tells what kohya's names without dots mean.
+    options : ExtractOptions, optional
+        Ranks and form; a rank as large as the sum of the ranks loses nothing.
+    overwrite : bool
+        Replace an adapter that is there.
+    progress : callable, optional
+        Called with a Step after each matrix.
+
+    Returns
+    -------
+    dict
+        Label → the report that is also written as ``deltaspec.json``.
+
+    Raises
+    ------
+    DeltaspecError
+        If an adapter cannot be read, two have different shapes, or tensors stored whole do not add up.
+    """
+    options = options or ExtractOptions()
+    if options.ranks.weighted:
+        message = "--weighted needs the base's weights, which combine and resize do not read: leave it out, or extract."
+        raise OptionError(message)
+    devices = resolve_devices(options.analysis.device, options.analysis.workers)
+    named, plan = _open_base(base), Plan()
+    indexes = [_open(path, named, plan) for path, _ in adapters]
+    total = sum_adapters(indexes, [weight for _, weight in adapters])
+    made = [{"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)]
+    model = named or _base_of(indexes, total)
+    for note in total.notes:
+        plan.note(note)
+    dtype = resolve_dtype(options.form.dtype, total.modules)
+    sources = Sources(model, indexes[0], plan, total.modules, {}, dtype, options.form.target)
+    options = replace(options, form=replace(options.form, extras="all" if options.form.target == "peft" else "none"))
+    identity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
+    inputs = [index.root for index in indexes] + ([named.root] if named else [])
+    with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
+        runner = Runner(options, devices, progress)
+        loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
+        return build(sources, runner, staging, identity=identity, measure=partial(_rest, total, indexes), loader=loader)
+
+
+def _base_of(indexes: Sequence[AdapterIndex], total: Total) -> Checkpoint:
+    """Stand in for the base, of which only names are needed: those of the adapters' modules."""
+    index = indexes[0]
+    parameters = frozenset(path for i in indexes for path in i.modules if is_parameter(path, i.config))
+    tensors = {m.name: TensorSpec(m.name, index.root, m.shape, "F32") for m in total.modules}
+    tensors |= {name: replace(spec, name=name) for name, spec in total.full.items()}
+    path = Path(index.base_model).expanduser()
+    root = path if index.base_model and path.is_dir() else index.root
+    return StandIn(index.base_model, root, (), tensors, revision=index.config.get("revision"), parameters=parameters)
+
+
+def _any_bias(total: Total) -> bool:
+    return any(bool(_sum(terms).any()) for terms in total.biases.values())
+
+
+def _rest(total: Total, indexes: Sequence[AdapterIndex], rows: dict[str, Any]) -> Rest:
+    """Biases and tensors stored whole go along; a sum of nothing is refused."""
+    if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:
+        message = f"The sum of {', '.join(index.ref for index in indexes)} is zero: there is nothing to write."
+        raise PairingError(message)
+    rest = Rest()
+    for path, terms in total.biases.items():
+        rest.biases[f"{path}.bias"] = partial(_sum, terms)
+        energy = float(_sum(terms).square().sum())
+        rest.leftovers.append(Leftover(f"{path}.bias", "bias", "this target carries no biases", energy))
+    for name, spec in total.full.items():
+        rest.leftovers.append(Leftover(name, "other", "this target carries no whole tensors", None, spec))
+    rest.unchanged = [m.name for m in total.modules if not any(rows[str(p.key)]["energy"] for p in m.pairs)]
+    return rest
+
+
+def _sum(terms: list[tuple[TensorSpec, float]]) -> Tensor:
+    return torch.stack([read_tensor(spec).double() * factor for spec, factor in terms]).sum(0)
+
+
+def _open_base(base: str | Path | None) -> Checkpoint | None:
+    source = None if base is None else open_source(base)
+    if isinstance(source, AdapterIndex):
+        message = f"The base {source.ref} is an adapter: pass the model that the adapters belong to."
+        raise PairingError(message)
+    return source
+
+
+def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
+    index = open_source(path)
+    if not isinstance(index, AdapterIndex):
+        message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
+        raise PairingError(message)
+    if base is not None:
+        return replace(resolve_flattened(index, base, plan), base_model=base.ref)
+    if is_flattened(index):
+        first = next(iter(index.modules))
+        message = f"{index.ref} names its modules without dots ('{first}'): pass --base, the model that it belongs to."
+        raise PairingError(message)
+    return index

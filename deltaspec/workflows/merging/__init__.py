@@ -1,0 +1,1 @@
+"""A base and adapters → a merged checkpoint, streamed tensor by tensor."""

@@ -1,0 +1,147 @@
+"""A base and adapters → a merged checkpoint, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deltaspec.errors import CheckpointError, OptionError, PairingError
+from deltaspec.files.atomic import whole_file
+from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.staging import Staging
+from deltaspec.options import MergeOptions
+from deltaspec.types import AdapterIndex, Checkpoint, Step
+from deltaspec.workflows.merging.checkpoint_writer import Rewrite
+from deltaspec.workflows.merging.collect_changes import collect_changes
+from deltaspec.workflows.merging.report import MergeReport
+
+Given = str | Path | tuple[str | Path, float]
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[Given],
+    out: str | Path,
+    *,
+    options: MergeOptions | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Step], None] | None = None,
+) -> MergeReport:
+    """Write base + Σ weight·ΔW: each tensor summed in float32 (float64 where it is stored so) and rounded once.
+
+    Parameters
+    ----------
+    base : str or Path
+        A folder, a file, or a hub id with @revision; it may be larger than memory.
+    adapters : sequence
+        LoRA adapters, each a path, ``path:weight``, or a tuple of both.
+    out : str or Path
+        The merged checkpoint's folder, or a name in .safetensors where the base is one file; written whole or not at
+        all. A merge that was killed goes on where it stopped.
+    options : MergeOptions, optional
+    overwrite : bool
+        Replace a checkpoint that is there.
+    progress : callable, optional
+        Called with a Step after each tensor.
+
+    Returns
+    -------
+    MergeReport
+        How much of each update rounding lost.
+
+    Raises
+    ------
+    DeltaspecError
+        If a side cannot be read, an adapter belongs to another base, or ``out`` cannot be written.
+    """
+    options = options or MergeOptions()
+    named = [parse_adapter(adapter) for adapter in adapters]
+    if not named:
+        message = "merge needs at least one adapter: name it after the base."
+        raise OptionError(message)
+    source, given = _open_base(base, options), [_open_adapter(place, weight) for place, weight in named]
+    rewrite = Rewrite(source, collect_changes(source, given), dtype=options.dtype, progress=progress)
+    facts = {
+        "kind": "merge",
+        "base": identify_source(source),
+        "adapters": [{**identify_source(adapter), "weight": weight} for adapter, weight in given],
+        "dtype": options.dtype,
+        "deltaspec": version("deltaspec"),
+    }
+    files = rewrite.layout(Path(out))
+    sides: list[Checkpoint | AdapterIndex] = [source, *(adapter for adapter, _ in given)]
+    inputs = [place for side in sides for place in (side.root, *side.files)]
+    with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
+        built = staging.path / "built"
+        rows = rewrite.write(files, built, staging.path / "rows")
+        report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))
+        if staging.out.suffix == ".safetensors":
+            staging.commit(built / staging.out.name)
+            return report
+        note = rewrite.write_beside(files, built)
+        report = replace(report, notes=(*report.notes, *([note] if note else [])))
+        with whole_file(built / "deltaspec.json") as stream:
+            stream.write(json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode())
+        staging.commit(built)
+    return report
+
+
+def parse_adapter(given: Given) -> tuple[str | Path, float]:
+    """Split ``path:weight``; what exists on disk is a path, whatever colons it holds.
+
+    Raises
+    ------
+    OptionError
+        If the weight is NaN or infinity.
+    """
+    place, weight = given if isinstance(given, tuple) else (given, 1.0)
+    if isinstance(given, str) and not _is_there(given):
+        head, _, tail = given.rpartition(":")
+        with suppress(ValueError):
+            place, weight = (head, float(tail)) if head else (given, 1.0)
+    if not math.isfinite(weight):
+        message = f"The weight of '{place}' is {weight}: expected a number, such as 0.5."
+        raise OptionError(message)
+    return place, float(weight)
+
+
+def _is_there(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError):  # a name too long, nobody's home
+        return False
+
+
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what the user happened to call the inputs."""
+    text = json.dumps(facts)
+    return json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k != "ref"})  # type: ignore[no-any-return]
+
+
+def _open_base(base: str | Path, options: MergeOptions) -> Checkpoint:
+    source = open_source(base)
+    if isinstance(source, AdapterIndex):
+        message = f"The base {source.ref} is an adapter: name the checkpoint first, then its adapters."
+        raise PairingError(message)
+    coded = next((s for s in source.tensors.values() if s.dtype.startswith("F8")), None)
+    if options.dtype == "auto" and coded and (coded.scale or "quantization_config" in source.config):
+        message = (
+            f"Cannot merge into '{coded.name}' of {source.ref}: it is stored as {coded.dtype} with scales, too coarse "
+            "for an update; pass --dtype bf16 (fp16, fp32) to dequantise the checkpoint."
+        )
+        raise CheckpointError(message)
+    return source
+
+
+def _open_adapter(place: str | Path, weight: float) -> tuple[AdapterIndex, float]:
+    source = open_source(place)
+    if isinstance(source, Checkpoint):
+        message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."
+        raise PairingError(message)
+    return source, weight

@@ -1,0 +1,36 @@
+"""What a run directory is called, and what its manifest says of the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deltaspec.errors import RunError
+
+
+def describe_environment() -> dict[str, Any]:
+    """Say which versions and machine computed a run, as its manifest does."""
+    versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
+    return {
+        "deltaspec": versions["deltaspec"],
+        "versions": {**versions, "python": platform.python_version()},
+        "machine": {"system": platform.platform(), "processor": platform.machine()},
+    }
+
+
+def unwritable(folder: Path, cause: OSError) -> RunError:
+    """Say that a run directory cannot be written."""
+    message = f"The run directory {folder} cannot be written ({cause.strerror}): free space or rights, then run again."
+    return RunError(message)
+
+
+def default_path(manifest: dict[str, Any]) -> Path:
+    """Name a run directory after both sides, with a hash of contents and options, so that two never collide."""
+    names = [str(manifest[side]["ref"]).rstrip("/").split("/")[-1] or "model" for side in ("base", "tuned")]
+    identity = [manifest["base"]["files"], manifest["tuned"]["files"], manifest["options"]]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / f"{names[0]}--{names[1]}-{digest}"

@@ -1,0 +1,238 @@
+"""A checkpoint → a running transformers model, through deltaspec's own reader."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import CheckpointError, NumericalError, require
+from deltaspec.extraction.factors import DTYPES
+from deltaspec.io.matrix import open_matrix, read_tensor
+from deltaspec.io.open import open_source
+from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
+from deltaspec.workflows.shared.text_batches import Batch
+
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelKind:
+    """How transformers runs a checkpoint: its config and class.
+
+    ``body`` is its class without a head; ``causal`` models read texts from left to right, and ``packed`` ones of them
+    one after another.
+    ``limits`` are the longest sequence, and how many token ids there are; 0 where the config does not say.
+    """
+
+    config: Any
+    cls: Any
+    body: Any
+    packed: bool
+    limits: tuple[int, int]
+    causal: bool
+
+    @property
+    def headless(self) -> bool:
+        """Whether it returns hidden states alone."""
+        return self.cls is self.body
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """Give the transformers package, its log and progress bars silent meanwhile."""
+    transformers = require("transformers", extra="train")
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _refusal(checkpoint: Checkpoint, what: str, cause: Exception) -> CheckpointError:
+    said = " ".join(str(cause).split())[:300] or type(cause).__name__
+    message = f"Cannot {what} of '{checkpoint.ref}' with transformers ({said}): check that its folder is complete."
+    return CheckpointError(message)
+
+
+def open_model(ref: str) -> Checkpoint:
+    """Open a checkpoint that can be run: a folder or hub id with a config.json.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be opened, is an adapter, or has no config.json.
+    """
+    checkpoint = open_source(ref)
+    if not isinstance(checkpoint, Checkpoint):
+        message = f"Cannot run '{ref}': it is an adapter; merge it into its base first."
+        raise CheckpointError(message)
+    if not checkpoint.config:
+        message = f"Cannot run '{ref}': there is no config.json beside its weights; pass the model's whole folder."
+        raise CheckpointError(message)
+    return checkpoint
+
+
+def describe_model(checkpoint: Checkpoint) -> ModelKind:
+    """Say which class of transformers runs a checkpoint; code that comes with a checkpoint never runs.
+
+    Raises
+    ------
+    CheckpointError
+        If transformers does not know it.
+    MissingPackageError
+        If transformers is not installed.
+    """
+    with quiet_transformers() as transformers:
+        try:
+            config = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
+        except Exception as cause:  # every model's config raises its own
+            raise _refusal(checkpoint, "read the config", cause) from cause
+        names = transformers.models.auto.modeling_auto
+        architecture = (config.architectures or [""])[0]
+        body = names.MODEL_MAPPING_NAMES.get(config.model_type, "")
+        body = body if isinstance(body, str) else body[0]
+        cls = getattr(transformers, architecture or body, None)
+        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+            message = f"Cannot run '{checkpoint.ref}': transformers has no class '{architecture or config.model_type}'."
+            raise CheckpointError(message)
+        texts = config.get_text_config()
+        encoder = config.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+            config, "is_decoder", False
+        )
+        causal = config.model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
+        causal = causal and not config.is_encoder_decoder
+        packed = causal and "Classification" not in architecture
+        sizes = (getattr(texts, name, None) for name in ("max_position_embeddings", "vocab_size"))
+        positions, rows = (size if isinstance(size, int) and size > 0 else 0 for size in sizes)
+    return ModelKind(config, cls, getattr(transformers, body, None), packed, (positions, rows), causal)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Raises
+    ------
+    CheckpointError
+        If it has none, or transformers cannot read it.
+    """
+    place = checkpoint.ref.split("@")[0] if checkpoint.revision else str(checkpoint.root)
+    with quiet_transformers() as transformers:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                place, revision=checkpoint.revision or "main", trust_remote_code=False
+            )
+        except Exception as cause:  # every tokenizer raises its own
+            raise _refusal(checkpoint, "read the tokenizer", cause) from cause
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made of nothing, where files are missing
+        message = f"Cannot read the tokenizer of '{checkpoint.ref}': it knows no words; put its files beside the model."
+        raise CheckpointError(message)
+    return tokenizer
+
+
+def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
+    """Return the dtype to compute in; ``auto`` is the one that most weights are stored in, fp32 at most."""
+    if choice != "auto":
+        return DTYPES[choice]
+    sizes: Counter[str] = Counter()
+    for spec in checkpoint.tensors.values():
+        sizes[spec.dtype] += torch.Size(spec.shape).numel()
+    stored = TORCH.get(sizes.most_common(1)[0][0], torch.bfloat16)
+    slow = stored == torch.float16 and device.type == "cpu"  # thirty times slower there than fp32
+    return torch.float32 if slow or stored == torch.float64 else stored
+
+
+def read_weight(spec: TensorSpec) -> Tensor:
+    """Read a whole tensor as stored, mapped from its file, or in float32 where a scale dequantises it."""
+    if spec.scale is None:
+        return read_tensor(spec)
+    experts = range(spec.shape[0]) if len(spec.shape) == 3 else (None,)
+    rows, columns = spec.shape[-2:]
+    stored = (open_matrix(MatrixSource(spec, View((rows, columns), expert=expert))) for expert in experts)
+    return torch.stack([matrix.rows(0, rows).to(torch.float32) for matrix in stored]).reshape(spec.shape)
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint under the names of its files; nearly all stay mapped."""
+    state = {name: read_weight(spec) for name, spec in checkpoint.tensors.items()}
+    return state | {alias: state[name] for alias, name in checkpoint.aliases.items() if name in state}
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    kind: ModelKind,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    state: dict[str, Tensor] | None = None,
+    fresh: Collection[str] = (),
+) -> Any:
+    """Load a model in eval mode and without gradients; on the CPU it shares the mapped files' memory.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    kind : ModelKind
+    device, dtype : where and in what it computes
+    state : dict of Tensor, optional
+        The weights, under the names of the checkpoint's files; read from them by default.
+    fresh : collection of str
+        Parameters of the model that may be missing: they are drawn, by torch's generator.
+
+    Raises
+    ------
+    CheckpointError
+        If transformers refuses it, or weights are missing that its outputs depend on.
+    """
+    if hasattr(kind.config, "quantization_config"):
+        del kind.config.quantization_config  # the weights come dequantised
+    with quiet_transformers() as transformers:
+        name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+        try:
+            model, info = kind.cls.from_pretrained(
+                None,
+                config=kind.config,
+                state_dict=state if state is not None else read_state(checkpoint),
+                output_loading_info=True,
+                **{name: dtype},
+            )
+        except Exception as cause:  # every model raises its own
+            raise _refusal(checkpoint, "load the weights", cause) from cause
+    # A pooler that was never stored changes no hidden state.
+    missing = sorted(
+        key for key in set(info["missing_keys"]) - set(fresh) if not (kind.headless and key.startswith("pooler."))
+    )
+    if missing:
+        message = (
+            f"Cannot run '{checkpoint.ref}': {kind.cls.__name__} needs '{missing[0]}' and it holds no such weight "
+            f"({len(missing)} are missing); check that config.json belongs to these weights."
+        )
+        raise CheckpointError(message)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.use_cache = False
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = -1  # nothing is padded, and classifiers look for the last token that is not this
+    return model.requires_grad_(False).eval().to(device)  # noqa: FBT003
+
+
+def run_model(model: Any, batch: Batch, *, device: torch.device) -> Any:
+    """Run a model on one batch; an encoder-decoder model is made to repeat its input."""
+    ids = batch.ids.to(device)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = ids
+    try:
+        return model(**given)
+    except torch.OutOfMemoryError as cause:
+        message = f"Out of memory on {device} at {ids.numel()} tokens: pass a smaller --batch or --length."
+        raise NumericalError(message) from cause

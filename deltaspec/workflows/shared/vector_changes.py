@@ -1,0 +1,93 @@
+"""Norms and biases: their relative change, one row each."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltaspec.errors import DeltaspecError
+from deltaspec.io.matrix import read_tensor
+from deltaspec.pairing.plan import Plan, VectorPair
+from deltaspec.store.run import Run
+from deltaspec.types import MatrixKey, TensorSpec
+from deltaspec.workflows.shared.non_finite import describe_non_finite
+
+
+def compare_vectors(plan: Plan, run: Run) -> None:
+    """Store the relative change of every norm and bias; those that hold NaN are recorded failures.
+
+    Parameters
+    ----------
+    plan : Plan
+    run : Run
+        Skipped where a finished table without failures is there already.
+    """
+    failed = run.failures
+    if (run.path / "vectors.json").exists() and not any(pair.key.tensor in failed for pair in plan.vectors):
+        return
+    rows = []
+    for pair in plan.vectors:
+        row, problem = _compare(pair)
+        if problem:
+            run.put_failure(pair.key, pair.key.tensor, problem)
+        else:
+            run.drop_failure(pair.key, pair.key.tensor)
+        rows.append(row)
+    run.put_vectors(rows)
+
+
+def _read(spec: TensorSpec | None, rows: int | None) -> Tensor:
+    if spec is None:
+        return torch.zeros(0, dtype=torch.float64)
+    return read_tensor(spec).to(torch.float64).reshape(-1)[:rows]
+
+
+def _compare(pair: VectorPair) -> tuple[dict[str, Any], str]:
+    """Return one row, and the sentence that says why it is empty if it is."""
+    row = _name(pair.key, math.prod(pair.tuned.shape))
+    empty = {**row, "base_norm": None, "relative_norm": None, "unchanged_fraction": None}
+    try:
+        base, tuned = _read(pair.base, pair.rows), _read(pair.tuned, pair.rows)
+    except DeltaspecError as error:
+        return empty, str(error)
+    for side, values, spec in (("base", base, pair.base), ("tuned", tuned, pair.tuned)):
+        if spec is not None and not bool(torch.isfinite(values).all()):
+            return empty, describe_non_finite(side, spec)
+    change = tuned * pair.scaling if pair.scaling is not None else tuned - base
+    return row | _weigh(base, change), ""
+
+
+def _name(key: MatrixKey, size: int) -> dict[str, Any]:
+    return {"tensor": key.tensor, "role": key.role, "depth": key.depth, "stack": key.stack, "size": size}
+
+
+def _weigh(base: Tensor, change: Tensor) -> dict[str, Any]:
+    norm = math.sqrt(float(base.square().sum()))
+    relative = math.sqrt(float(change.square().sum())) / norm if norm else None
+    return {"base_norm": norm, "relative_norm": relative, "unchanged_fraction": float((change == 0).double().mean())}
+
+
+def describe_change(key: MatrixKey, base: Tensor, tuned: Tensor) -> dict[str, Any]:
+    """Return the row of one norm or bias of a running model, (d,) before and after; None where it is not finite.
+
+    Parameters
+    ----------
+    key : MatrixKey
+    base, tuned : Tensor, (d,), any float dtype
+    """
+    before, change = base.double(), tuned.double() - base.double()
+    found = _weigh(before, change)
+    finite = bool(torch.isfinite(change).all())
+    return _name(key, base.numel()) | (found if finite else dict.fromkeys(found))
+
+
+def change_of(vector: VectorPair) -> torch.Tensor:
+    """Return the change of a norm or bias, flat float64."""
+    tuned = read_tensor(vector.tuned).to(torch.float64).reshape(-1)[: vector.rows]
+    if vector.scaling is not None:
+        return tuned * vector.scaling
+    assert vector.base is not None
+    return tuned - read_tensor(vector.base).to(torch.float64).reshape(-1)[: vector.rows]

@@ -1,0 +1,1 @@
+"""Fine-tuning by any method, on disk: planned, counted, run, measured, saved and resumed."""

@@ -1,0 +1,1 @@
+"""An adapter against the fine-tune that it stands for: factors recomputed, outputs compared."""
