@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.linalg.svd import Blocks
 from deltaspec.types import LowRankDelta, Truncation
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Factors = tuple[Tensor, Tensor]  # lora_A (r, d_in), lora_B (d_out, r), of a scaling of 1
 
 
@@ -66,7 +66,7 @@ def cast_factors(factors: LowRankDelta, dtype: str) -> Factors:
     factors : LowRankDelta
         Float64.
     dtype : str
-        A name in DTYPES.
+        bf16, fp16 or fp32.
 
     Returns
     -------
@@ -79,8 +79,8 @@ def cast_factors(factors: LowRankDelta, dtype: str) -> Factors:
         If a factor holds NaN or infinity or overflows, or directions that carry more of ΔW than rounding loses
         anyway vanish; the caller adds the matrix's name.
     """
-    pair = factors.lora_A.to(DTYPES[dtype]), factors.lora_B.to(DTYPES[dtype])
-    limits = torch.finfo(DTYPES[dtype])
+    kind = OPTIONS[dtype].torch
+    pair, limits = (factors.lora_A.to(kind), factors.lora_B.to(kind)), torch.finfo(kind)
     for name, before, after in zip(("lora_A", "lora_B"), (factors.lora_A, factors.lora_B), pair, strict=True):
         if bool(torch.isfinite(after).all()):
             continue

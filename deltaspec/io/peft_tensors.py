@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltaspec.files.dtypes import TORCH
+from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft import NESTED, PREFIX
 from deltaspec.io.peft_targets import Layout, Target
@@ -74,12 +74,12 @@ def _read(target: Target, side: int, shape: Shape, dtype: str) -> Tensor:
         folded = factor.movedim(-1, 1).flatten(0, 1) if side == 0 else factor.permute(1, 2, 0).flatten(1)
     else:
         folded = factor.mT if side == 0 else factor
-    return folded.reshape(shape).to(TORCH[dtype]).contiguous()
+    return folded.reshape(shape).to(DTYPES[dtype].torch).contiguous()
 
 
 def _read_bias(module: AdapterModule, dtype: str) -> Tensor:
     change = module.read_bias() if module.read_bias else torch.zeros(module.shape[0])
-    return change.to(TORCH[dtype]).contiguous()
+    return change.to(DTYPES[dtype].torch).contiguous()
 
 
 def plan_whole(

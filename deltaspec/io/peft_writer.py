@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltaspec.files.atomic import whole_file
-from deltaspec.files.dtypes import STORED
+from deltaspec.files.atomic import write_whole
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
 from deltaspec.io.peft_targets import Layout, Target, make_targets
@@ -52,8 +52,7 @@ def write_adapter(
     """
     plan = plan_adapter(modules, full, base=base, dtype=dtype, rslora=rslora, untied=untied, loader=loader)
     write_safetensors(folder / WEIGHTS[0], plan.entries, metadata=SAVED)
-    with whole_file(folder / CONFIG) as stream:
-        stream.write(json.dumps(plan.config, indent=2).encode())
+    write_whole(folder / CONFIG, json.dumps(plan.config, indent=2).encode())
     return plan.refused
 
 
@@ -97,7 +96,9 @@ def plan_adapter(
     bias = _settle_biases(targets, refused)
     saved, whole = plan_whole(full, layout, targets, refused)
     config = _config(targets, layout, saved=saved, rslora=rslora, bias=bias)
-    return AdapterPlan({**config, **(loader or {})}, list_factors(targets, STORED[dtype], bias=bias) + whole, refused)
+    return AdapterPlan(
+        {**config, **(loader or {})}, list_factors(targets, OPTIONS[dtype].name, bias=bias) + whole, refused
+    )
 
 
 def _config(targets: Sequence[Target], layout: Layout, *, saved: list[str], rslora: bool, bias: bool) -> dict[str, Any]:

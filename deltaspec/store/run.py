@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.files.atomic import is_leftover, write_atomically
+from deltaspec.files.atomic import is_leftover, write_whole
 from deltaspec.store.record import encode, file_stem, read_record, read_spectrum
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 from deltaspec.types.versions import numbers_of
@@ -82,7 +82,7 @@ class Run:
                     message = f"{folder} exists and is not a run directory: pass another one with -o."
                     raise RunError(message)
                 text = json.dumps({"format": FORMAT, "version": VERSION, **manifest}, indent=1)
-                write_atomically(folder / "manifest.json", text.encode())
+                write_whole(folder / "manifest.json", text.encode(), refusal=_unwritable)
                 return cls.load(folder)
             run = cls.load(folder)
             found = list(differences(run.manifest, json.loads(json.dumps(manifest))))
@@ -95,8 +95,7 @@ class Run:
             for leftover in filter(is_leftover, folder.glob("**/*.tmp")):
                 leftover.unlink(missing_ok=True)
         except OSError as cause:
-            message = f"The run directory {folder} cannot be written ({cause.strerror}): pass another one with -o."
-            raise RunError(message) from cause
+            raise _unwritable(folder / "manifest.json", cause) from cause
         return run
 
     def _file(self, key: MatrixKey, store_key: str, suffix: str = ".safetensors") -> Path:
@@ -117,7 +116,7 @@ class Run:
 
     def put(self, record: MatrixRecord, spectrum: Spectrum) -> None:
         """Store a result by atomic rename; an earlier failure of the same matrix goes."""
-        write_atomically(self._file(record.key, record.store_key), encode(record, spectrum))
+        self._write(self._file(record.key, record.store_key), encode(record, spectrum))
         self.drop_failure(record.key, record.store_key)
 
     def adopt(self, other: Run, records: Sequence[tuple[MatrixKey, str]]) -> None:
@@ -125,12 +124,12 @@ class Run:
         for key, store_key in records:
             source, target = other._file(key, store_key), self._file(key, store_key)
             if source.exists() and not target.exists():
-                write_atomically(target, source.read_bytes())
+                self._write(target, source.read_bytes())
 
     def put_failure(self, key: MatrixKey, store_key: str, message: str) -> None:
         """Store why a matrix has no result; it is tried again on resume."""
         content = json.dumps({"key": store_key, "message": message}, indent=1)
-        write_atomically(self._file(key, store_key, ".failed.json"), content.encode())
+        self._write(self._file(key, store_key, ".failed.json"), content.encode())
 
     def drop_failure(self, key: MatrixKey, store_key: str) -> None:
         """Forget that a matrix or vector failed, if it did."""
@@ -138,7 +137,11 @@ class Run:
 
     def put_vectors(self, rows: list[dict[str, Any]]) -> None:
         """Store the relative changes of norms and biases."""
-        write_atomically(self.path / "vectors.json", json.dumps(rows, indent=1).encode())
+        self._write(self.path / "vectors.json", json.dumps(rows, indent=1).encode())
+
+    def _write(self, file: Path, content: bytes) -> None:
+        """Store one of many small files; a damaged one is computed again."""
+        write_whole(file, content, durable=False, refusal=lambda _, cause: unwritable(self.path, cause))
 
     @cached_property
     def records(self) -> list[MatrixRecord]:
@@ -203,6 +206,17 @@ class Run:
         """Return the same as a DataFrame (pandas is optional)."""
         frame: pandas.DataFrame = require("pandas", extra="pandas").DataFrame(self.to_dicts())
         return frame
+
+
+def unwritable(folder: Path, cause: OSError) -> RunError:
+    """Return the error for a run directory that can no longer be written to."""
+    message = f"The run directory {folder} cannot be written ({cause.strerror}): free space or rights, then run again."
+    return RunError(message)
+
+
+def _unwritable(manifest: Path, cause: OSError) -> RunError:
+    message = f"The run directory {manifest.parent} cannot be written ({cause.strerror}): pass another one with -o."
+    return RunError(message)
 
 
 def _read_json(path: Path) -> Any:

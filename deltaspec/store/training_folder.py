@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from deltaspec.errors import RunError
 from deltaspec.files import json_file, tensor_reader
-from deltaspec.files.atomic import unwritten, whole_file
+from deltaspec.files.atomic import unwritten, whole_folder, write_whole
 from deltaspec.files.tensor_writer import write_tensors
 
 FORMAT = 1
@@ -86,8 +85,7 @@ class Folder:
         self.report = report
         if not self.writes:
             return
-        with whole_file(self.path / REPORT) as stream:
-            stream.write(json.dumps(report, indent=1, ensure_ascii=False).encode())
+        write_whole(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -108,8 +106,7 @@ class Folder:
         if not self.writes:
             return
         kept = [line for line in self.metrics() if step is not None and line["step"] <= step]
-        with whole_file(self.path / METRICS) as stream:
-            stream.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
+        write_whole(self.path / METRICS, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
     def newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Read the position and state of the newest checkpoint that training can go on from."""
@@ -124,41 +121,26 @@ class Folder:
         self, step: int, save: Callable[[Path], None], state: Mapping[str, Tensor], position: dict[str, Any]
     ) -> None:
         """Write a checkpoint under a temporary name, rename it, then drop the states of earlier ones."""
-
-        def build(folder: Path) -> None:
+        if not self.writes:
+            return
+        name = f"step-{step:08}"
+        with whole_folder(self.path / CHECKPOINTS / name) as folder:  # a rewound training may come by a step again
             save(folder)
             write_tensors(folder / RESUME / STATE, state)
-            with whole_file(folder / RESUME / POSITION) as stream:
-                stream.write(json.dumps(position).encode())
-
-        name = f"step-{step:08}"
-        self._place(self.path / CHECKPOINTS / name, build)
+            write_whole(folder / RESUME / POSITION, json.dumps(position).encode())
         self.drop_states(but=name)
 
     def finish(self, save: Callable[[Path], None]) -> None:
         """Write what the training ends with."""
-        self._place(self.path / FINAL, save)
+        if self.writes:
+            with whole_folder(self.path / FINAL) as folder:
+                save(folder)
 
     def drop_states(self, *, but: str = "") -> None:
         """Delete what only a resumption needs."""
         for place in (self.path / CHECKPOINTS).glob(f"step-*/{RESUME}"):
             if self.writes and place.parent.name != but:
                 shutil.rmtree(place, ignore_errors=True)
-
-    def _place(self, place: Path, build: Callable[[Path], None]) -> None:
-        if not self.writes:
-            return
-        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True)
-            build(temporary)
-            if place.exists():  # a step that a rewound training comes by again
-                shutil.rmtree(place)
-            temporary.rename(place)
-        except OSError as cause:
-            raise unwritten(place, cause) from cause
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_report(path: Path) -> dict[str, Any]:

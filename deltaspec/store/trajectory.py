@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.files.atomic import is_leftover, write_atomically
+from deltaspec.files.atomic import is_leftover, write_whole
 from deltaspec.store.run import Run, differences
 
 if TYPE_CHECKING:
@@ -98,11 +98,7 @@ class Trajectory:
         RunError
             If it cannot be written.
         """
-        try:
-            write_atomically(self.path / FILE, json.dumps(self.manifest, indent=1).encode())
-        except OSError as cause:
-            message = f"The folder {self.path} cannot be written ({cause.strerror}): pass another one with -o."
-            raise RunError(message) from cause
+        write_whole(self.path / FILE, json.dumps(self.manifest, indent=1).encode(), refusal=_unwritable)
 
     def note(self, step: int, failure: str) -> None:
         """Store why a checkpoint has no run; "" forgets an earlier failure."""
@@ -155,6 +151,11 @@ class Trajectory:
         """Return the same as a DataFrame (pandas is optional)."""
         frame: pandas.DataFrame = require("pandas", extra="pandas").DataFrame(self.to_dicts())
         return frame
+
+
+def _unwritable(file: Path, cause: OSError) -> RunError:
+    message = f"The folder {file.parent} cannot be written ({cause.strerror}): pass another one with -o."
+    return RunError(message)
 
 
 def load_results(path: str | Path) -> Run | Trajectory:

@@ -11,22 +11,25 @@ from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectr
 from deltaspec.types.stored import (
     AdapterIndex,
     Checkpoint,
+    ForeignAdapter,
     Identified,
     LowRankSource,
     LowRankTerm,
     MatrixKey,
     MatrixSource,
+    Opened,
     Shape,
     TensorSpec,
-    View,
     WeightPair,
 )
+from deltaspec.types.view import View
 
 __all__ = [
     "AdapterIndex",
     "AdapterModule",
     "Checkpoint",
     "Entry",
+    "ForeignAdapter",
     "Identified",
     "LowRankDelta",
     "LowRankSource",
@@ -37,6 +40,7 @@ __all__ = [
     "ModulePair",
     "Note",
     "NoteKind",
+    "Opened",
     "Rounding",
     "Shape",
     "Spectrum",

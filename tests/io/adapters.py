@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.io.peft_writer import plan_adapter, write_adapter
 from deltaspec.types import AdapterModule, Checkpoint
 from tests.families import write
 
 
 def checkpoint(folder: Path, names: dict[str, tuple[int, ...]], **config: Any) -> Checkpoint:
-    found = open_source(write(folder, {name: torch.zeros(shape) for name, shape in names.items()}, config))
+    found = open_plain(write(folder, {name: torch.zeros(shape) for name, shape in names.items()}, config))
     assert isinstance(found, Checkpoint)
     return found
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.io.peft_writer import plan_adapter
 from deltaspec.io.running import Place, place_tensors
 from deltaspec.types import AdapterModule, Checkpoint, Entry
@@ -98,7 +98,7 @@ def test_several_parameters_of_one_module_in_an_unknown_order(tmp_path: Path) ->
 def test_dense_layers_of_models_with_experts_are_reached_as_parameters(tmp_path: Path) -> None:
     """PEFT 0.21 takes modules named like older experts for experts, and drops them from target_modules."""
     family = FAMILIES["qwen3_moe"]
-    base = open_source(write(tmp_path / "base", random_state(family), family.config))
+    base = open_plain(write(tmp_path / "base", random_state(family), family.config))
     assert isinstance(base, Checkpoint)
     modules = [module("model.layers.1.mlp.gate_proj", 40, 24), module("model.layers.0.self_attn.q_proj", 32, 24)]
     config = config_of(base, modules)

@@ -241,6 +241,15 @@ def test_factors_that_cancel_or_are_empty_give_rank_zero_and_nan_is_refused():
         truncate_product(b * float("nan"), a, rank=1)
 
 
+@pytest.mark.parametrize(("device", "most"), [("cpu", 40), ("cuda", 10)])
+def test_each_device_iterates_for_few_directions_only(device, most, monkeypatch):
+    """Nothing is computed here: the reduction of a GPU overtakes its iteration at a quarter of the CPU's rank."""
+    monkeypatch.setattr(truncated, "_by_iteration", lambda *_, **__: "iteration")
+    monkeypatch.setattr(truncated, "_by_reduction", lambda *_: "reduction")
+    for rank, way in ((most, "iteration"), (most + 1, "reduction")):
+        assert truncate(lambda: iter(()), (900, 640), device=torch.device(device), rank=rank) == way
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [4, 20, 100, lambda values: 8])
 @pytest.mark.parametrize("spectrum", SPECTRA)

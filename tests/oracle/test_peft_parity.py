@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.io.peft_writer import write_adapter
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
@@ -91,7 +91,7 @@ def test_a_model_that_unties_its_head(tmp_path):
     assert not write_adapter(tmp_path / "both", [*case.modules(), head], [], base=case.checkpoint, dtype="fp32")
     write_untied(case, case.stored[embedding] + lora_B @ lora_A)
     assert_parity(case, tmp_path / "both", merge=False)
-    plan = pair_adapter(case.checkpoint, open_source(tmp_path / "both"), AnalyzeOptions(device="cpu"))
+    plan = pair_adapter(case.checkpoint, open_plain(tmp_path / "both"), AnalyzeOptions(device="cpu"))
     assert {str(pair.key) for pair in plan.pairs} == {embedding, "lm_head.weight"}
     found = read_low_rank(next(pair.tuned for pair in plan.pairs if str(pair.key) == "lm_head.weight"))
     assert torch.allclose(found.lora_B @ found.lora_A, lora_B.double() @ lora_A.double())
@@ -149,6 +149,6 @@ def test_biases_go_beside_the_factors(name, tmp_path):
     assert not write_adapter(tmp_path / "adapter", modules, [], base=case.checkpoint, dtype="fp32")
     write_tuned(case, {key: case.stored[key] + change for key, change in biases.items()})
     assert_parity(case, tmp_path / "adapter")
-    adapter = open_source(tmp_path / "adapter")
+    adapter = open_plain(tmp_path / "adapter")
     plan = pair_adapter(case.checkpoint, adapter, AnalyzeOptions(device="cpu"))
     assert {v.key.tensor for v in plan.vectors} == {f"{m.path}.bias" for m in modules}

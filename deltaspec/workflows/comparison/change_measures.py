@@ -22,7 +22,7 @@ from deltaspec.types import MatrixRecord, Step
 from deltaspec.workflows.analysis.analyze import analyze_against
 from deltaspec.workflows.analysis.weight_changes import Change, open_changes
 from deltaspec.workflows.comparison.finished_trainings import Trained
-from deltaspec.workflows.shared.fill_run import work_of
+from deltaspec.workflows.shared.fill_run import Execution, work_of
 from deltaspec.workflows.shared.opened_base import Base
 
 FIRST = 10  # left singular vectors of W + ΔW among which intruders are counted, as published
@@ -49,8 +49,7 @@ def measure_changes(
             base,
             trained.folder / FINAL,
             place / "runs" / trained.run_name,
-            options=options.analysis(),
-            progress=progress,
+            Execution(options.analysis(), progress),
         )
         for trained in trainings
         if trained.changes_weights

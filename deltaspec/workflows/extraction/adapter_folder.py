@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from deltaspec.extraction.factors import DTYPES, block_diagonal, pad
+from deltaspec.extraction.factors import block_diagonal, pad
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_writer import write_adapter
-from deltaspec.pairing.modules import row_ids
 from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
 from deltaspec.workflows.extraction.certificate import write_report
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
@@ -115,7 +115,7 @@ def _constant(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, Tensor]:
     """Read a module's factors from its pieces, joined where it is fused or a stack."""
-    dtype = DTYPES[assembly.sources.dtype]
+    dtype = OPTIONS[assembly.sources.dtype].torch
     pairs = []
     for pair in module.pairs:
         tensors = assembly.pieces.tensors(str(pair.key))
@@ -126,7 +126,7 @@ def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, T
         padded = [pad(a, b, rank) for a, b in pairs]
         return torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
     if len(pairs) > 1:
-        places = [torch.tensor(row_ids(pair.base.view, module.shape[0])) for pair in module.pairs]
+        places = [pair.base.view.take(torch.arange(module.shape[0])) for pair in module.pairs]
         return block_diagonal([(a, b, rows) for (a, b), rows in zip(pairs, places, strict=True)], rows=module.shape[0])
     lora_A, lora_B = pairs[0]
     if lora_B.shape[0] < module.shape[0]:  # a vocabulary that shrank: rows that only the base has stay as they are

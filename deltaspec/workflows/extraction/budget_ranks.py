@@ -15,7 +15,7 @@ from torch import Tensor
 from deltaspec.delta import DenseDelta, energy_of
 from deltaspec.errors import NumericalError, RunError
 from deltaspec.extraction.budget import Unit, allocate_ranks, uniform_rank
-from deltaspec.extraction.factors import DTYPES
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
 from deltaspec.io.peft_targets import Layout
@@ -109,7 +109,7 @@ def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]
     for label, amount in options.ranks.labels().items():
         budget = int(amount)
         if options.ranks.policy == "size":
-            budget = max(0, int((amount - _header(sources.modules)) // DTYPES[sources.dtype].itemsize))
+            budget = max(0, int((amount - _header(sources.modules)) // OPTIONS[sources.dtype].width))
         if options.form.target != "peft":
             one = uniform_rank(units, budget, min_rank=options.ranks.minimum, max_rank=options.ranks.maximum or None)
             found = [min(one, unit.energies.size) for unit in units]

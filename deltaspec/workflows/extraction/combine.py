@@ -14,7 +14,7 @@ from torch import Tensor
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import OptionError, PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.peft import is_parameter
 from deltaspec.io.peft_targets import StandIn
 from deltaspec.io.staging import Staging
@@ -126,7 +126,7 @@ def _sum(terms: list[tuple[TensorSpec, float]]) -> Tensor:
 
 
 def _open_base(base: str | Path | None) -> Checkpoint | None:
-    source = None if base is None else open_source(base)
+    source = None if base is None else open_plain(base)
     if isinstance(source, AdapterIndex):
         message = f"The base {source.ref} is an adapter: pass the model that the adapters belong to."
         raise PairingError(message)
@@ -134,7 +134,7 @@ def _open_base(base: str | Path | None) -> Checkpoint | None:
 
 
 def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
-    index = open_source(path)
+    index = open_plain(path)
     if not isinstance(index, AdapterIndex):
         message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
         raise PairingError(message)

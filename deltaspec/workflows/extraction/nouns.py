@@ -12,8 +12,7 @@ import torch
 from deltaspec.options import ExtractOptions
 from deltaspec.pairing.plan import Plan
 from deltaspec.store.pieces import Pieces
-from deltaspec.types import Checkpoint, ModulePair, TensorSpec
-from deltaspec.workflows.shared.opened_base import Source
+from deltaspec.types import Checkpoint, ModulePair, Opened, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,7 @@ class Sources:
     """Both sides, their plan, and the modules that get factors; ``left`` says why the others do not."""
 
     base: Checkpoint
-    tuned: Source
+    tuned: Opened
     plan: Plan
     modules: tuple[ModulePair, ...]
     left: dict[str, str]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import PairingError
+from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.peft_targets import Layout, make_targets
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
@@ -20,7 +21,6 @@ from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.extraction.nouns import Sources
 from deltaspec.workflows.shared.vector_changes import change_of
 
-FACTOR_DTYPES = {"F16": "fp16", "BF16": "bf16"}
 GROWN = "its vocabulary grew: --extras all stores it whole"
 NO_BIASES = "PEFT has no biases beside factors of an embedding: --extras all stores it whole"
 
@@ -93,7 +93,8 @@ def resolve_dtype(dtype: str, modules: Sequence[ModulePair]) -> str:
     if dtype != "auto":
         return dtype
     kinds = Counter(stored_dtype(pair) for module in modules for pair in module.pairs)
-    return FACTOR_DTYPES.get(kinds.most_common(1)[0][0], "fp32")
+    found = DTYPES.get(kinds.most_common(1)[0][0])
+    return (found.option if found else "") or "fp32"
 
 
 def stored_dtype(pair: WeightPair) -> str:

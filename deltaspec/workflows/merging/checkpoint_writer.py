@@ -14,12 +14,11 @@ from torch import Tensor
 
 from deltaspec.errors import OptionError
 from deltaspec.files.atomic import whole_file
-from deltaspec.files.dtypes import STORED, TORCH
+from deltaspec.files.dtypes import DTYPES, GRIDS, OPTIONS
 from deltaspec.files.tensor_reader import read_header
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.companions import adjust_config, copy_companions, find_companions, output_name
 from deltaspec.io.shards import INDEX, NUMBERED, write_index
-from deltaspec.linalg.numerics import GRIDS
 from deltaspec.merging.apply import Loss
 from deltaspec.types import Checkpoint, Entry, MatrixKey, Shape, Step
 from deltaspec.workflows.merging.merge_tensor import Found, copy_tensor, merge_tensor
@@ -101,11 +100,11 @@ class Rewrite:
         change = self.changes.tensors.get(name)
         spec = change.spec if change else self.base.tensors.get(name) or self.changes.added[name]
         cast = self.dtype != "auto" and spec.dtype in GRIDS
-        dtype = STORED[self.dtype] if cast else spec.dtype
+        dtype = OPTIONS[self.dtype].name if cast else spec.dtype
         if change is None:
-            read = partial(copy_tensor, spec, TORCH[dtype] if cast else None)
+            read = partial(copy_tensor, spec, DTYPES[dtype].torch if cast else None)
         else:
-            read = partial(merge_tensor, change, dtype=TORCH[dtype], found=_collector(rows, dtype))
+            read = partial(merge_tensor, change, dtype=DTYPES[dtype].torch, found=_collector(rows, dtype))
         shape = spec.shape if change is None else change.shape
 
         def read_and_report() -> Tensor:

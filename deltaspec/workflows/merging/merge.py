@@ -13,7 +13,7 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.files.atomic import whole_file
-from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
 from deltaspec.types import AdapterIndex, Checkpoint, Step
@@ -125,7 +125,7 @@ def _identity(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _open_base(base: str | Path, options: MergeOptions) -> Checkpoint:
-    source = open_source(base)
+    source = open_plain(base)
     if isinstance(source, AdapterIndex):
         message = f"The base {source.ref} is an adapter: name the checkpoint first, then its adapters."
         raise PairingError(message)
@@ -140,7 +140,7 @@ def _open_base(base: str | Path, options: MergeOptions) -> Checkpoint:
 
 
 def _open_adapter(place: str | Path, weight: float) -> tuple[AdapterIndex, float]:
-    source = open_source(place)
+    source = open_plain(place)
     if isinstance(source, Checkpoint):
         message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."
         raise PairingError(message)

@@ -12,7 +12,6 @@ from deltaspec.errors import NumericalError
 from deltaspec.io.matrix import StoredMatrix, open_matrix, read_low_rank, read_tensor
 from deltaspec.linalg.truncated import truncate_product
 from deltaspec.merging.apply import Loss, Rows, merge_block, merge_rows, row_blocks
-from deltaspec.pairing.modules import row_ids
 from deltaspec.types import MatrixKey, MatrixSource, Shape, TensorSpec, View
 from deltaspec.workflows.merging.tensor_changes import Change, Part
 
@@ -38,7 +37,7 @@ def copy_tensor(spec: TensorSpec, dtype: torch.dtype | None) -> Tensor:
     else:
         stack = [View(spec.shape)] if len(spec.shape) == 2 else [View(spec.shape[1:], e) for e in range(spec.shape[0])]  # type: ignore[arg-type]
         for view in stack:
-            matrix, place = open_matrix(MatrixSource(spec, view)), _oriented(out, view)
+            matrix, place = open_matrix(MatrixSource(spec, view)), view.orient(out)
             for start, stop in row_blocks(view.shape):
                 place[start:stop] = matrix.rows(start, stop)
     if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(stored.double()).all()):
@@ -83,8 +82,8 @@ def _merge_part(change: Change, part: Part, out: Tensor) -> Loss:
     view = part.view
     base = open_matrix(MatrixSource(change.spec, view))
     whole = None if change.whole is None else open_matrix(MatrixSource(change.whole, view))
-    place = _oriented(out, view)
-    scattered = None if view.groups == 1 else torch.tensor(row_ids(view, place.shape[0]))
+    place = view.orient(out)
+    scattered = None if view.groups == 1 else view.take(torch.arange(place.shape[0]))
 
     def store(start: int, stop: int, rows: Tensor) -> None:
         if scattered is None:
@@ -128,9 +127,3 @@ def _merge_vector(change: Change, out: Tensor) -> Loss:
     whole = None if whole is None else whole[:rows]
     out[:rows], loss = merge_block(base[:rows], update[:rows], dtype=out.dtype, whole=whole, share=change.share)
     return loss
-
-
-def _oriented(tensor: Tensor, view: View) -> Tensor:
-    """All rows of the matrix that a view lies in, sharing the tensor's memory."""
-    matrix = (tensor if view.expert is None else tensor[view.expert]).flatten(1)
-    return matrix.mT if view.transposed else matrix

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from deltaspec.architecture.match import identify
 from deltaspec.errors import PairingError
+from deltaspec.files.dtypes import GRIDS
 from deltaspec.io.content import same_content
 from deltaspec.io.running import SHARED, list_tied
-from deltaspec.linalg.numerics import GRIDS
 from deltaspec.pairing.dense import VOCABULARY_ROLES
 from deltaspec.pairing.plan import unreadable
 from deltaspec.pairing.tied import HEAD_NAMES

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError, NumericalError, require
-from deltaspec.extraction.factors import DTYPES
+from deltaspec.files.dtypes import DTYPES, OPTIONS
 from deltaspec.io.matrix import open_matrix, read_tensor
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
 from deltaspec.workflows.shared.text_batches import Batch
-
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def open_model(ref: str) -> Checkpoint:
     CheckpointError
         If it cannot be opened, is an adapter, or has no config.json.
     """
-    checkpoint = open_source(ref)
+    checkpoint = open_plain(ref)
     if not isinstance(checkpoint, Checkpoint):
         message = f"Cannot run '{ref}': it is an adapter; merge it into its base first."
         raise CheckpointError(message)
@@ -143,11 +141,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
     """Return the dtype to compute in; ``auto`` is the one that most weights are stored in, fp32 at most."""
     if choice != "auto":
-        return DTYPES[choice]
+        return OPTIONS[choice].torch
     sizes: Counter[str] = Counter()
     for spec in checkpoint.tensors.values():
         sizes[spec.dtype] += torch.Size(spec.shape).numel()
-    stored = TORCH.get(sizes.most_common(1)[0][0], torch.bfloat16)
+    found = DTYPES.get(sizes.most_common(1)[0][0])
+    stored = found.torch if found and found.computes else torch.bfloat16
     slow = stored == torch.float16 and device.type == "cpu"  # thirty times slower there than fp32
     return torch.float32 if slow or stored == torch.float64 else stored
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import CheckpointError, NumericalError, PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.options import TextOptions
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.tied import HEAD_NAMES
@@ -105,7 +105,7 @@ def divergence(
     options = options or TextOptions(tokens=TOKENS)
     tell = progress or (lambda _: None)
     device = resolve_devices(options.device)[0]
-    first, second, index = open_model(str(base)), open_model(str(tuned)), open_source(adapter)
+    first, second, index = open_model(str(base)), open_model(str(tuned)), open_plain(adapter)
     if not isinstance(index, AdapterIndex):
         message = f"'{adapter}' is no adapter: pass a folder with adapter_config.json."
         raise PairingError(message)

@@ -15,7 +15,7 @@ from deltaspec.io.peft_targets import Layout
 from deltaspec.io.running import SHARED
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.pairing.homes import factor_shape
-from deltaspec.pairing.modules import group_modules, row_ids
+from deltaspec.pairing.modules import group_modules
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import (
     AdapterIndex,
@@ -132,7 +132,7 @@ def _check(pair: WeightPair, stored: list[WeightPair], claimed: float | None) ->
         if other.key.part == pair.key.part:
             pieces.append((other.tuned, None))
         elif not pair.key.part:
-            pieces.append((other.tuned, tuple(row_ids(other.base.view, pair.shape[0]))))
+            pieces.append((other.tuned, tuple(other.base.view.take(torch.arange(pair.shape[0])).tolist())))
     return Check(pair, tuple(pieces), claimed)
 
 

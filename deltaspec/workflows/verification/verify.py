@@ -15,7 +15,7 @@ from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import NumericalError, PairingError
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.io.peft_names import left_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
@@ -82,7 +82,7 @@ def verify(
     """
     options = options or AnalyzeOptions()
     plan, first, second = make_plan(base, tuned, options)
-    index = open_source(adapter)
+    index = open_plain(adapter)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
         message = (
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
