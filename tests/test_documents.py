@@ -177,6 +177,14 @@ def test_the_manual_explains_what_the_tables_hold():
     assert {words[1] for page in TEXTS for words in lines(page) if words[0] == "deltaspec"} == set(COMMANDS)
 
 
+def test_the_map_has_every_room():
+    package = ROOT / "deltaspec"
+    rooms = [path for path in package.iterdir() if path.is_dir() and path.name not in ("__pycache__", "manual")]
+    rooms += [path for floor in ("workflows", "training") for path in (package / floor).iterdir() if path.is_dir()]
+    for name in {path.name for path in rooms} - {"__pycache__"}:
+        assert re.search(rf"\b{name}\b", TEXTS["architecture"]), name
+
+
 def test_the_readme_is_a_front_door():
     """Some 900 words; whatever needs more is a page of the manual."""
     assert len(TEXTS["README"].split()) <= 1000
