@@ -47,7 +47,7 @@ ROUTES = (
     Route("cpu", "exact", math.inf, EXACT, "below √(n·eps)·σ₁ a Gram matrix keeps no digit; QR and SVD keep eps·σ₁"),
     Route("cuda", "values", math.inf, "gram64+torch", "H200, 4096²: 104 ms; svdvals64 630; copied to the host 1480"),
     Route("cuda", "vectors", math.inf, "gram64+eigh", "H200, 4096²: 64 vectors and all values 116 ms; svd32 1050"),
-    Route("cuda", "top", math.inf, KRYLOV, "H200, 4096², r = 64: 36 to 97 ms, from the Gram matrix 119; TF32 off"),
+    Route("cuda", "top", math.inf, KRYLOV, "H200, 4096², r = 64: 36 to 107 ms, from the Gram matrix 119; TF32 off"),
     Route("cuda", "exact", math.inf, EXACT, "H200, 4096²: gesvd 634 ms, gesvdj 1438 and beyond the error bound"),
 )
 

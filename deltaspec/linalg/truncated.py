@@ -20,9 +20,9 @@ from deltaspec.types import Spectrum, Truncation
 Rank = int | Callable[[Tensor], int]
 CRAMPED = 256  # sides below which a Gram matrix costs no more than an iteration
 FEW = {"cpu": 16, "cuda": 64}  # ranks up to side over this are iterated for
-# On an H200 the reduction takes 15 ms at 1024², 32 at 2048², 119 at 4096², whatever the rank. The iteration, on three
-# kinds of spectra: 1024², r = 16: 8 to 25; 2048², r = 32: 21 to 46, r = 64: 46 to 62; 4096², r = 64: 36 to 97,
-# r = 128: 59 to 124, r = 256: 118 to 137.
+# Milliseconds on an H200 (figures/bench_gpu.csv): the reduction 15 at 1024², 32 at 2048², 119 at 4096², whatever the
+# rank; the iteration, from easy spectra to flat ones, 7 to 39 at 1024², r = 16; 27 to 48 at 2048², r = 32, and 44 to 63
+# at r = 64; 36 to 107 at 4096², r = 64, and 131 to 147 at r = 256.
 LARGE = 2048  # sides above which values alone and then an iteration cost less than one reduction for both
 
 
