@@ -103,7 +103,7 @@ def list_options() -> Iterator[str]:
 
 def field_line(item: Field[Any]) -> str:
     """Describe one field of an options dataclass."""
-    default = "" if item.default in (MISSING, "") else f" ({item.default!r})"
+    default = "" if item.default in (MISSING, "", None, ()) else f" ({item.default!r})"
     about = item.metadata.get("about", "see there.")
     flag = f" On the command line `{flag_of(item)}`." if item.metadata.get("flag") else ""
     return bullet(f"`{item.name}: {item.type}`{default}: {about}{flag}")

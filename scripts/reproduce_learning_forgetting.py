@@ -27,7 +27,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import deltaspec
-from deltaspec.options import CompareOptions, DataOptions, LoopOptions, RunOptions
+from deltaspec.options import CompareOptions, DataOptions, DataSources, LoopOptions, Recipe, RunOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -114,44 +114,43 @@ def train(label: str, *, options: argparse.Namespace, seed: int) -> Path:
     if not options.quick and not search:
         report = json.loads((place / f"seed-{SEARCH}" / "train.json").read_text(encoding="utf-8"))
         rate = next(row["lr"] for row in report["runs"] if row["folder"] == report["best"])
-    apart(
-        max(1, (os.cpu_count() or 1) // options.jobs),
-        *(options.model, options.data / "vader_movie_snippets.tsv", place / f"seed-{seed}"),
+    recipe = Recipe(
+        DataSources(
+            options.data / "vader_movie_snippets.tsv", forget=None if search else options.data / "banking77_test.csv"
+        ),
         method=method,
         method_options=fields,
-        data_options=DataOptions(
-            text="3", label="2>0", length=32, cut=True, holdout=0.25, limit=options.rows, seed=seed
+        data=DataOptions(text="3", label="2>0", length=32, cut=True, holdout=0.25, limit=options.rows, seed=seed),
+        forget_data=DataOptions(
+            text="text", label="category", length=32, cut=True, holdout=0.5, limit=options.kept, seed=seed
         ),
         loop=LoopOptions(lr=rate, steps=options.steps, batch=16, warmup=0.1, seed=seed),
         rates=rates if search else (),
         run=RunOptions(checkpoint_every=max(1, options.steps // 6) if label in TRACKED and not search else 0),
-        forget=None if search else options.data / "banking77_test.csv",
-        forget_options=DataOptions(
-            text="text", label="category", length=32, cut=True, holdout=0.5, limit=options.kept, seed=seed
-        ),
     )
+    apart(max(1, (os.cpu_count() or 1) // options.jobs), options.model, place / f"seed-{seed}", recipe)
     print(f"{label}, {'search for its rate' if search else f'seed {seed}'}", file=sys.stderr, flush=True)
     return place / f"seed-{seed}"
 
 
-def apart(threads: int, *args: object, **given: object) -> None:
+def apart(threads: int, *args: object) -> None:
     """Train in a process of its own; side by side with one thread each, trainings take less than one with all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    child = context.Process(target=train_with, args=(threads, *args), kwargs=given)
+    child = context.Process(target=train_with, args=(threads, *args))
     child.start()
     child.join()
     if child.exitcode:
         sys.exit("A training failed; give the same command again when its cause is gone, and it goes on from here.")
 
 
-def train_with(threads: int, *args: Any, **given: Any) -> None:
+def train_with(threads: int, base: str, out: Path, recipe: Recipe) -> None:
     """Train with so many threads."""
     import torch
 
     torch.set_num_threads(threads)
     try:
-        deltaspec.train(*args, **given)
+        deltaspec.train(base, out, recipe)
     except deltaspec.DeltaspecError as error:
         sys.exit(f"Error: {error}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaspec.cli.table import printable
@@ -34,7 +34,7 @@ intruders (mean): of the first 10 left vectors of W + ΔW those unlike any of W,
 directions: compare the two."""
 
 
-def render_comparison(rows: Sequence[dict[str, Any]]) -> str:
+def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lay the rows of a comparison out, and say what they mean."""
     lines = [[HEADS[name] for name in HEADS], *([_cell(name, row[name]) for name in HEADS] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

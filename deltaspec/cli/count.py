@@ -10,6 +10,7 @@ import click
 from deltaspec.cli.flags import take
 from deltaspec.cli.methods import method_options, parse_method
 from deltaspec.options import TargetOptions
+from deltaspec.options.recipe import Recipe
 
 if TYPE_CHECKING:
     from deltaspec.workflows.training.count import Counts
@@ -28,11 +29,11 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
     fetched. Nothing is loaded, so any size is quick. Needs the extra ``train``.
     """
     method, options = parse_method(given)
-    targets = take(TargetOptions, given)
+    recipe = Recipe(method=method, method_options=options, targets=take(TargetOptions, given))
     from deltaspec.workflows.training.count import count as run_count
     from deltaspec.workflows.training.count import counts_to_json
 
-    counts = run_count(model, method, options, targets=targets, task=task, labels=labels)
+    counts = run_count(model, recipe, task=task, labels=labels)
     click.echo(json.dumps(counts_to_json(counts)) if as_json else render_counts(counts))
 
 

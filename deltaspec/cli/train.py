@@ -36,14 +36,14 @@ def train(model: str, data: str, out: Path, **given: Any) -> None:
     The same command goes on where a stopped one was. Several processes: accelerate launch --no_python deltaspec train
     … . Needs the extra ``train``.
     """
-    chosen, writing = parse_training(given), take(Writing, given)
+    recipe, writing = parse_training(data, given), take(Writing, given)
     from deltaspec.workflows.training.train import train as run_training
 
     first = os.environ.get("RANK", "0") == "0"
     progress = Ticks(quiet=writing.quiet or not first)
     with stoppable(), progress:
         try:
-            report = run_training(model, data, out, **chosen, **given, overwrite=writing.overwrite, progress=progress)
+            report = run_training(model, out, recipe, overwrite=writing.overwrite, progress=progress)
         except NumericalError as failure:
             click.echo(f"Error: {failure}", err=True)
             sys.exit(1)

@@ -11,6 +11,7 @@ import click
 from deltaspec.cli.flags import flags, take
 from deltaspec.cli.methods import parse_method
 from deltaspec.errors import OptionError
+from deltaspec.options.recipe import DataSources, Recipe
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,8 +29,8 @@ def training_options(function: F) -> F:
     return click.option("--lr", default=str(RATE.default), show_default=True, metavar="X[,X…]", help=text)(function)
 
 
-def parse_training(given: dict[str, Any]) -> dict[str, Any]:
-    """Take all flags of a training out of a command's arguments, as the arguments of workflows.train.
+def parse_training(data: str, given: dict[str, Any]) -> Recipe:
+    """Take all flags of a training on these data out of a command's arguments.
 
     Raises
     ------
@@ -43,21 +44,21 @@ def parse_training(given: dict[str, Any]) -> dict[str, Any]:
     method, chosen = parse_method(given)
     targets = take(TargetOptions, given)
     loop = take(LoopOptions, given | {"lr": rates[0]})
-    data, run = take(DataOptions, given), take(RunOptions, given)
+    reading, run = take(DataOptions, given), take(RunOptions, given)
     for name in {item.name for item in fields(LoopOptions)} & given.keys():
         del given[name]
     others = {name: given.pop(f"forget_{name}") for name in FORGET}
-    other = replace(data, **{name: value for name, value in others.items() if value is not None})
-    return {
-        "method": method,
-        "method_options": chosen,
-        "targets": targets,
-        "data_options": data,
-        "loop": loop,
-        "run": run,
-        "forget_options": other,
-        "rates": rates if len(rates) > 1 else [],
-    }
+    return Recipe(
+        DataSources(data, held=given.pop("eval_data"), forget=given.pop("forget")),
+        method=method,
+        method_options=chosen,
+        targets=targets,
+        data=reading,
+        forget_data=replace(reading, **{name: value for name, value in others.items() if value is not None}),
+        loop=loop,
+        rates=rates if len(rates) > 1 else [],
+        run=run,
+    )
 
 
 def _parse_rates(text: str) -> list[float]:

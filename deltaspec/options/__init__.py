@@ -15,6 +15,7 @@ from deltaspec.options.adapters import (
 from deltaspec.options.analyze import AnalyzeOptions
 from deltaspec.options.compare import CompareOptions
 from deltaspec.options.models import CalibrateOptions, TextOptions
+from deltaspec.options.recipe import DataSources, Recipe
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "CalibrateOptions",
     "CompareOptions",
     "DataOptions",
+    "DataSources",
     "ExtractOptions",
     "FormOptions",
     "LoopOptions",
     "MergeOptions",
     "RankOptions",
+    "Recipe",
     "RunOptions",
     "TargetOptions",
     "TextOptions",

@@ -6,6 +6,7 @@ The command line builds its flags from these fields, the manual its reference, a
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, field, fields
+from inspect import cleandoc
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -35,11 +36,12 @@ def flag_of(item: Field[Any]) -> str:
 
 
 def documented(kind: type[T]) -> type[T]:
-    """Add a numpydoc list of its fields to the docstring of an options dataclass."""
-    lines = [str(kind.__doc__), "", "Parameters", "----------"]
+    """Add a numpydoc list of its fields to the docstring of an options dataclass, before its examples."""
+    said, examples, rest = cleandoc(str(kind.__doc__)).partition("\n\nExamples\n")
+    lines = [said, "", "Parameters", "----------"]
     for item in fields(kind):  # type: ignore[arg-type]
         default = "" if item.default is MISSING else f", default {item.default!r}"
         lines.append(f"{item.name} : {item.type}{default}")
         lines += [f"    {item.metadata['about']}"] if "about" in item.metadata else []
-    kind.__doc__ = "\n".join(lines)
+    kind.__doc__ = "\n".join(lines) + examples + rest
     return kind

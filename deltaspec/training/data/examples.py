@@ -7,14 +7,14 @@ import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.table import Table, read_table, split_table
+from deltaspec.training.data.table import Table
+from deltaspec.types.running import Tokenizer
 
 IGNORED = -100  # what transformers' losses leave out
 PACKED = 1024  # tokens of a packed sequence where no length is given and the model takes more
@@ -57,19 +57,54 @@ class Examples:
         return {"input_ids": ids.masked_fill(~mask, pad), "attention_mask": mask.long(), "labels": labels}
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which process this is, ``rank`` from 0, of how many, ``world``."""
+
+    rank: int = 0
+    world: int = 1
+
+
+ALONE = Share()
+
+
 class Batches:
     """The batches of a training, any of them at once: the order of an epoch depends on seed and epoch alone.
 
     Each process takes ``size`` rows of a batch of ``size`` × ``world``. The last batch of an epoch is smaller; its rows
     are as many in each process, so that up to ``world`` - 1 examples miss an epoch.
+
+    Parameters
+    ----------
+    examples : Examples
+    size : int
+        Rows at once, in each process.
+    seed : int
+        Of the order.
+    pad : int
+        Token id to pad with.
+    share : Share
+        Which rows this process takes.
+
+    Raises
+    ------
+    OptionError
+        If there are fewer examples than processes.
+
+    Examples
+    --------
+    >>> ids, offsets = torch.arange(6, dtype=torch.int32), torch.tensor([0, 1, 3, 6])
+    >>> batches = Batches(Examples("causal-lm", ids, offsets, torch.empty(0)), size=2, seed=0, pad=0)
+    >>> len(batches), sorted(batches.order(epoch=0).tolist())
+    (2, [0, 1, 2])
     """
 
-    def __init__(self, examples: Examples, *, size: int, seed: int, pad: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, examples: Examples, *, size: int, seed: int, pad: int, share: Share = ALONE) -> None:
         self.examples, self.pad, self.seed = examples, pad, seed
-        self.size, self.rank, self.world = size, rank, world
+        self.size, self.rank, self.world = size, share.rank, share.world
         self._shuffled: tuple[int, Tensor] = (-1, torch.empty(0))
         if not len(self):
-            message = f"There are {len(examples)} examples for {world} processes: pass more of them."
+            message = f"There are {len(examples)} examples for {share.world} processes: pass more of them."
             raise OptionError(message)
 
     def __len__(self) -> int:
@@ -94,55 +129,40 @@ class Batches:
         return self.examples.batch(rows[self.rank :: self.world], pad=self.pad)
 
 
-def read_examples(
-    ref: str, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0), names: Sequence[str] = ()
-) -> Examples:
-    """Read all examples of a file or hub data set.
+def padding(tokenizer: Tokenizer) -> int:
+    """Return the token id to pad with: the tokenizer's own, else its end of text, else 0.
 
-    Parameters
-    ----------
-    ref : str
-        A path, or ``owner/name`` or ``owner/name:split`` of the hub.
-    options : DataOptions
-    tokenizer : transformers tokenizer
-    limits : (positions, rows)
-        The longest sequence that the model takes, and how many token ids it knows; 0 is any.
-    names : sequence of str
-        The classes of other data, in their order; this data must have no others.
-
-    Raises
-    ------
-    CheckpointError
-        If it cannot be read, lacks a field or class, has no text, or the tokenizer is not the model's.
-    OptionError
-        If ``length`` exceeds the model's, or a text exceeds ``length`` and is not to be cut.
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> padding(SimpleNamespace(pad_token_id=None, eos_token_id=2))
+    2
     """
-    return encode(read_table(ref, options, names=names), options, tokenizer, limits=limits)
-
-
-def read_split(
-    ref: str, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0), names: Sequence[str] = ()
-) -> tuple[Examples, Examples]:
-    """Read examples for training and a held-out share of them, ``options.holdout``; arguments as of read_examples.
-
-    Texts are parted before they are packed; of each class the same share is held out. Both know all classes.
-    """
-    table = read_table(ref, options, names=names)
-    train, held = split_table(table, options.holdout, seed=options.seed)
-    return tuple(encode(part, options, tokenizer, limits=limits) for part in (train, held))  # type: ignore[return-value]
-
-
-def padding(tokenizer: Any) -> int:
-    """Return the token id to pad with: the tokenizer's own, else its end of text, else 0."""
     found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((int(token) for token in found if token is not None), 0)
 
 
-def encode(table: Table, options: DataOptions, tokenizer: Any, *, limits: tuple[int, int] = (0, 0)) -> Examples:
-    """Turn texts into token ids; arguments, errors and result as of read_examples.
+def encode(table: Table, options: DataOptions, tokenizer: Tokenizer, *, limits: tuple[int, int] = (0, 0)) -> Examples:
+    """Turn texts into token ids.
 
     For causal-lm the texts follow one another, each closed by the end-of-text token, and are cut into sequences of the
     length, so that every token is in one. The last, shorter one is kept unless it is of one token, which predicts none.
+
+    Parameters
+    ----------
+    table : Table
+    options : DataOptions
+        Of which task, length and cut count.
+    tokenizer : transformers tokenizer
+    limits : (positions, rows)
+        The longest sequence that the model takes, and how many token ids it knows; 0 is any.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no text, or the tokenizer is not the model's.
+    OptionError
+        If ``length`` exceeds the model's, or a text exceeds ``length`` and is not to be cut.
     """
     length = _choose_length(options, tokenizer, limits[0])
     make = _pack if options.task == "causal-lm" else _separate
@@ -160,7 +180,7 @@ def encode(table: Table, options: DataOptions, tokenizer: Any, *, limits: tuple[
     return examples
 
 
-def _choose_length(options: DataOptions, tokenizer: Any, positions: int) -> int:
+def _choose_length(options: DataOptions, tokenizer: Tokenizer, positions: int) -> int:
     """Return the tokens of a sequence at most: what is asked for, or what the model takes; 0 is any."""
     limit = int(min(tokenizer.model_max_length, positions or ENDLESS))
     if options.length > limit:
@@ -170,13 +190,13 @@ def _choose_length(options: DataOptions, tokenizer: Any, positions: int) -> int:
     return options.length or default
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+def _tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Yield token ids of texts, special tokens included, however long."""
     for start in range(0, len(texts), CHUNK):
         yield from tokenizer(list(texts[start : start + CHUNK]), verbose=False)["input_ids"]
 
 
-def _separate(table: Table, options: DataOptions, tokenizer: Any, *, length: int) -> Examples:
+def _separate(table: Table, options: DataOptions, tokenizer: Tokenizer, *, length: int) -> Examples:
     """One sequence a text, its end cut off where it is too long."""
     flat, sizes, kept, cut = array("i"), list[int](), list[int](), 0
     for row, ids in enumerate(_tokenize(table.texts, tokenizer)):
@@ -187,7 +207,7 @@ def _separate(table: Table, options: DataOptions, tokenizer: Any, *, length: int
                     "pass --cut to leave out the ends of such texts, or a larger --length if the model takes more."
                 )
                 raise OptionError(message)
-            ids = tokenizer(table.texts[row], truncation=True, max_length=length)["input_ids"]
+            ids = tokenizer([table.texts[row]], truncation=True, max_length=length)["input_ids"][0]
             cut += 1
         if ids:
             flat.extend(ids)
@@ -198,7 +218,7 @@ def _separate(table: Table, options: DataOptions, tokenizer: Any, *, length: int
     return Examples(options.task, _tensor(flat), _offsets(sizes), labels, table.names, cut, skipped)
 
 
-def _pack(table: Table, options: DataOptions, tokenizer: Any, *, length: int) -> Examples:
+def _pack(table: Table, options: DataOptions, tokenizer: Tokenizer, *, length: int) -> Examples:
     """Sequences of one length across texts."""
     flat, end = array("i"), tokenizer.eos_token_id
     for ids in _tokenize(table.texts, tokenizer):

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import operator
-import re
 import string
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.rows import read_rows
-
-RULE = re.compile(r"(?P<field>.+?)\s*(?P<sign>>=|<=|==|!=|>|<)\s*(?P<number>[-+]?[0-9.]+(e[-+]?[0-9]+)?)", re.I)
-SIGNS = {
-    ">": (operator.gt, "<="),
-    ">=": (operator.ge, "<"),
-    "<": (operator.lt, ">="),
-    "<=": (operator.le, ">"),
-    "==": (operator.eq, "!="),
-    "!=": (operator.ne, "=="),
-}
+from deltaspec.training.data.classes import Columns, find_label, read_classes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +34,35 @@ class Table:
         return replace(self, texts=[self.texts[p] for p in places], rows=[self.rows[p] for p in places], labels=labels)
 
 
-def read_table(ref: str, options: DataOptions, *, names: Sequence[str] = ()) -> Table:
-    """Read the texts of a file or hub data set, and their classes where the task has them.
+def list_fields(options: DataOptions) -> list[str]:
+    """List the columns that texts and classes are made of.
+
+    Raises
+    ------
+    OptionError
+        If ``text`` cannot be understood.
+
+    Examples
+    --------
+    >>> list_fields(DataOptions(text="{question} {answer}", label="score>=3"))
+    ['question', 'answer', 'score']
+    """
+    label = [find_label(options)] if options.task == "classification" else []
+    return [field for _, field in _parse_template(options.text) if field] + label
+
+
+def make_table(found: Columns, options: DataOptions, *, source: str, names: Sequence[str] = ()) -> Table:
+    """Make texts, and classes where the task has them, from columns.
 
     Parameters
     ----------
-    ref : str
-        As read_rows takes it.
+    found : Columns
+        Those that ``list_fields`` names.
     options : DataOptions
         ``text`` is a column, or a template of columns, ``{question} {answer}``, in which backslash n is a new line.
         ``label`` is a column, or the comparison of one with a number: ``2>0``.
+    source : str
+        What they were read from, for errors.
     names : sequence of str
         The classes of other data, in their order.
 
@@ -70,23 +75,16 @@ def read_table(ref: str, options: DataOptions, *, names: Sequence[str] = ()) -> 
     Raises
     ------
     CheckpointError
-        If it cannot be read, lacks a column, has a row without class, one class only, or one not in ``names``.
+        If there is a row without class, one class only, or one not in ``names``.
     OptionError
         If ``text`` or ``label`` cannot be understood.
     """
-    pieces = _parse_template(options.text)
+    pieces, ref = _parse_template(options.text), source
     classes = options.task == "classification"
-    rule = RULE.fullmatch(options.label) if classes else None
-    label = rule["field"] if rule else options.label
-    found = read_rows(ref, [field for _, field in pieces if field] + [label] * classes)
-    labels: list[int] = []
-    own: tuple[str, ...] = ()
-    if classes:
-        kinds, own = _compare(found[label], rule, ref) if rule else _name_classes(found, label, ref)
-        labels = _number(kinds, tuple(names) or own, ref)
+    labels, known = read_classes(found, options, ref, names=names) if classes else ([], ())
     texts = _fill(found, pieces, ref)
     kept = [place for place, text in enumerate(texts) if text.strip()]
-    table = Table(ref, texts, list(range(1, len(texts) + 1)), labels, (tuple(names) or own) if classes else ())
+    table = Table(ref, texts, list(range(1, len(texts) + 1)), labels, known)
     table = replace(table.take(_draw(kept, options)), skipped=len(texts) - len(kept))
     if classes and not names and len(set(table.labels)) < 2:
         held = f"one class only, '{table.names[table.labels[0]]}'" if table.labels else "no text in it"
@@ -159,7 +157,7 @@ def _parse_template(text: str) -> list[tuple[str, str]]:
     return [(literal, field or "") for literal, field, _, _ in parsed]
 
 
-def _fill(found: Any, pieces: Sequence[tuple[str, str]], ref: str) -> list[str]:
+def _fill(found: Columns, pieces: Sequence[tuple[str, str]], ref: str) -> list[str]:
     """Return a text for each row; an empty one where any of its columns is."""
     columns = {field: list(found[field]) for _, field in pieces if field}
     for field, values in columns.items():
@@ -176,68 +174,3 @@ def _fill(found: Any, pieces: Sequence[tuple[str, str]], ref: str) -> list[str]:
         whole = all(value.strip() for value in held.values())
         texts.append("".join(literal + held.get(field, "") for literal, field in pieces) if whole else "")
     return texts
-
-
-def _compare(values: Sequence[Any], rule: re.Match[str], ref: str) -> tuple[list[str], tuple[str, ...]]:
-    """Return each row's class by a comparison, and both classes: false, true."""
-    field, number = rule["field"], rule["number"]
-    test, opposite = SIGNS[rule["sign"]]
-    names = (f"{field}{opposite}{number}", f"{field}{rule['sign']}{number}")
-    try:
-        wanted = float(number)
-    except ValueError as cause:
-        message = f"--label is '{rule.string}': '{number}' is not a number."
-        raise OptionError(message) from cause
-    kinds = []
-    for row, value in enumerate(values, 1):
-        try:
-            size = float(value)
-        except (TypeError, ValueError):
-            size = math.nan
-        if math.isnan(size):
-            message = (
-                f"Row {row} of '{ref}' has {value!r} under '{field}', expected a number for --label {rule.string}."
-            )
-            raise CheckpointError(message)
-        kinds.append(names[test(size, wanted)])
-    return kinds, names
-
-
-def _name_classes(found: Any, label: str, ref: str) -> tuple[list[str], tuple[str, ...]]:
-    """Return each row's class as text, and all classes in order."""
-    values, declared = list(found[label]), getattr(found.features[label], "names", None)
-    if declared:
-        values = [declared[value] if value is not None and value >= 0 else None for value in values]
-    for row, value in enumerate(values, 1):
-        if not isinstance(value, str | int | float) or (isinstance(value, str) and not value.strip()):
-            held = "none" if value is None or isinstance(value, str) else type(value).__name__
-            message = f"Row {row} of '{ref}' has {held} under '{label}', expected a class: repair or remove the row."
-            raise CheckpointError(message)
-    kinds = [str(int(value)) if isinstance(value, float) and value.is_integer() else str(value) for value in values]
-    return kinds, tuple(declared or _sort(set(kinds), label, ref))
-
-
-def _sort(kinds: set[str], label: str, ref: str) -> list[str]:
-    """Sort classes by number where all are whole numbers; refuse measurements, which are no classes."""
-    try:
-        sizes = {kind: float(kind) for kind in kinds}
-    except ValueError:
-        return sorted(kinds)
-    if all(size.is_integer() for size in sizes.values()):
-        return sorted(kinds, key=lambda kind: (sizes[kind], kind))
-    message = (
-        f"'{ref}' has numbers with fractions under '{label}', expected classes: compare them with a number, such as "
-        f"--label '{label}>0'."
-    )
-    raise CheckpointError(message)
-
-
-def _number(kinds: Sequence[str], names: Sequence[str], ref: str) -> list[int]:
-    """Return class ids; every class must be known."""
-    ids = {name: number for number, name in enumerate(names)}
-    for row, kind in enumerate(kinds, 1):
-        if kind not in ids:
-            known = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
-            message = f"Row {row} of '{ref}' has the class '{kind}', which the training data lacks: it has {known}."
-            raise CheckpointError(message)
-    return [ids[kind] for kind in kinds]

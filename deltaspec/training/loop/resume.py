@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from deltaspec.training.loop.sharded import gather, shard_like
+from deltaspec.types.running import Accelerator
 
 TRAINED, MOMENTS, RANDOM = "trained/", "optimizer/", "random/"
 
 
-def pack_state(trained: Mapping[str, Tensor], optimizer: Any, accelerator: Any) -> dict[str, Tensor]:
+def pack_state(trained: Mapping[str, Tensor], optimizer: Optimizer, accelerator: Accelerator) -> dict[str, Tensor]:
     """Collect what was trained, the optimiser's state, and every process's random generators.
 
     Parameters
@@ -42,7 +43,7 @@ def unpack_trained(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(TRAINED): tensor for name, tensor in packed.items() if name.startswith(TRAINED)}
 
 
-def unpack_state(packed: Mapping[str, Tensor], optimizer: Any, accelerator: Any) -> None:
+def unpack_state(packed: Mapping[str, Tensor], optimizer: Optimizer, accelerator: Accelerator) -> None:
     """Put back the optimiser's state and this process's random generators.
 
     Parameters

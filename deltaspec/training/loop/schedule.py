@@ -18,6 +18,12 @@ def rate_at(step: int, total: int, options: LoopOptions) -> float:
         Steps of the whole training.
     options : LoopOptions
         Of which lr, warmup and schedule count.
+
+    Examples
+    --------
+    >>> options = LoopOptions(lr=1.0, warmup=2, schedule="linear")
+    >>> [rate_at(step, 6, options) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
     warmup = min(round(options.warmup * total) if options.warmup < 1 else int(options.warmup), total)
     if step < warmup:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,10 @@ from deltaspec.training.data.examples import IGNORED
 from deltaspec.training.loop.schedule import rate_at
 from deltaspec.training.loop.sharded import gather
 from deltaspec.training.sites.attachment import Group
+from deltaspec.types.running import Accelerator
 
 
-class Source(Protocol):
+class NumberedBatches(Protocol):
     """Batches by number, counted through all epochs; see data.Batches."""
 
     def __len__(self) -> int:
@@ -43,14 +44,14 @@ class Tick:
     grad_norm: float
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, float]:
         """Return a line of metrics."""
         fields = asdict(self)
         del fields["total"]
         return fields
 
 
-def count_steps(batches: Source, options: LoopOptions) -> int:
+def count_steps(batches: NumberedBatches, options: LoopOptions) -> int:
     """Return the steps of a training; the last one of its epochs may have fewer batches."""
     return options.steps or -(-options.epochs * len(batches) // options.accumulate)
 
@@ -79,24 +80,25 @@ def make_optimizer(groups: Sequence[Group], options: LoopOptions) -> torch.optim
     return torch.optim.AdamW(settings, lr=options.lr)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model and its optimiser, as ``accelerator.prepare`` returned them, and the accelerator."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+
+
 def run_loop(
-    model: nn.Module,
-    optimizer: Any,
-    batches: Source,
-    options: LoopOptions,
-    *,
-    accelerator: Any,
-    start: int,
-    after: Callable[[Tick], None],
+    prepared: Prepared, batches: NumberedBatches, options: LoopOptions, *, start: int, after: Callable[[Tick], None]
 ) -> None:
     """Train from a step to the end.
 
     Parameters
     ----------
-    model, optimizer : as ``accelerator.prepare`` returned them
-    batches : Source
+    prepared : Prepared
+    batches : NumberedBatches
     options : LoopOptions
-    accelerator : accelerate.Accelerator
     start : int
         Steps that are done already.
     after : callable
@@ -115,32 +117,55 @@ def run_loop(
     """
     total = count_steps(batches, options)
     end = options.epochs * len(batches) if not options.steps else total * options.accumulate
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for step in range(start, total):
-        began = time.perf_counter()
-        model.train()
-        rate = rate_at(step, total, options)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+        began, rate = time.perf_counter(), rate_at(step, total, options)
         numbers = range(step * options.accumulate, min((step + 1) * options.accumulate, end))
-        loss = _gather_gradients(model, [batches.batch_at(number) for number in numbers], accelerator)
-        norm = float(gather(accelerator.clip_grad_norm_(parameters, options.clip or math.inf)))
-        _check_finite(loss, norm, step + 1, options, scaled=accelerator.scaler is not None)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _set_rate(prepared, rate)
+        loss = _gather_gradients(prepared, [batches.batch_at(number) for number in numbers])
+        norm = _clip(prepared, options)
+        _check_finite(loss, norm, step + 1, options, scaled=prepared.accelerator.scaler is not None)
+        prepared.optimizer.step()
+        prepared.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - began
         after(Tick(step + 1, total, (numbers[-1] + 1) / len(batches), loss, rate, norm, seconds))
 
 
+def _set_rate(prepared: Prepared, rate: float) -> None:
+    """Make ready for a step: training mode, and each group's learning rate."""
+    prepared.model.train()
+    for group in prepared.optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def _clip(prepared: Prepared, options: LoopOptions) -> float:
+    """Clip gradients, and return their norm before."""
+    parameters = [parameter for group in prepared.optimizer.param_groups for parameter in group["params"]]
+    return float(gather(prepared.accelerator.clip_grad_norm_(parameters, options.clip or math.inf)))
+
+
 def sum_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum the cross-entropies in nats: of classes (n, c) against (n,), or of next tokens (n, t, v) against (n, t)."""
+    """Sum the cross-entropies in nats: of classes (n, c) against (n,), or of next tokens (n, t, v) against (n, t).
+
+    Parameters
+    ----------
+    logits : Tensor
+        Computed with in float32.
+    labels : Tensor, int64
+        IGNORED where there is nothing to predict.
+
+    Examples
+    --------
+    >>> sum_losses(torch.zeros(2, 4), torch.tensor([0, 3]))  # 2 · ln 4
+    tensor(2.7726)
+    """
     if logits.ndim == 3:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
 
 
-def _gather_gradients(model: nn.Module, parts: list[dict[str, Tensor]], accelerator: Any) -> float:
+def _gather_gradients(prepared: Prepared, parts: list[dict[str, Tensor]]) -> float:
     """Run a step's batches forth and back; returns the mean loss over all processes."""
+    model, accelerator = prepared.model, prepared.accelerator
     counts = sum(int(((p["labels"] if p["labels"].ndim == 1 else p["labels"][:, 1:]) != IGNORED).sum()) for p in parts)
     count = float(accelerator.reduce(torch.tensor(float(counts), device=accelerator.device), reduction="sum"))
     summed = torch.zeros((), device=accelerator.device)

@@ -5,24 +5,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaspec.errors import NumericalError, OptionError
-from deltaspec.training.data.examples import IGNORED, Examples
+from deltaspec.training.data.examples import ALONE, IGNORED, Examples, Share
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """How examples go through a model.
+
+    ``pad`` is the token id to pad with, ``batch`` how many go at once, of similar length, and ``device`` where they go;
+    None is the model's own.
+    """
+
+    pad: int
+    batch: int = 32
+    device: torch.device | str | None = None
+
+    def split(self, examples: Examples) -> tuple[Tensor, ...]:
+        """Return the rows of each batch, shortest examples first."""
+        if not len(examples):
+            return ()
+        return torch.split(torch.argsort(examples.lengths, stable=True), self.batch)
+
+    def lay(self, examples: Examples, rows: Tensor, model: nn.Module) -> dict[str, Tensor]:
+        """Return a batch where the model is."""
+        place = self.device if self.device is not None else next(model.parameters()).device
+        return {name: tensor.to(place) for name, tensor in examples.batch(rows, pad=self.pad).items()}
 
 
 def evaluate(
     model: nn.Module,
     examples: Examples,
+    feed: Feed,
     *,
-    pad: int,
-    batch: int = 32,
-    device: torch.device | str | None = None,
-    rank: int = 0,
-    world: int = 1,
+    share: Share = ALONE,
     gather: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Measure a model in eval mode: mean loss, and accuracy of classes or perplexity = exp(loss) of tokens.
@@ -32,14 +54,9 @@ def evaluate(
     model : nn.Module
         Of transformers, for the examples' task; its modes are restored.
     examples : Examples
-    pad : int
-        Token id to pad with.
-    batch : int
-        Examples at once, of similar length.
-    device : torch.device or str, optional
-        Where batches go; the model's own without.
-    rank, world : int
-        Which share of the batches this process takes; all processes run the model equally often.
+    feed : Feed
+    share : Share
+        Which of the batches this process takes; all processes run the model equally often.
     gather : callable, optional
         Adds up a float64 tensor over all processes.
 
@@ -56,14 +73,11 @@ def evaluate(
     OptionError
         If there is nothing to predict.
     """
-    place = device if device is not None else next(model.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64)
-    groups = torch.split(torch.argsort(examples.lengths, stable=True), batch) if len(examples) else ()
+    sums, groups = torch.zeros(3, dtype=torch.float64), feed.split(examples)
     with evaluating(model):
-        for turn in range(0, len(groups), world):
-            mine = turn + rank < len(groups)
-            rows = groups[turn + rank if mine else turn]
-            fields = {name: tensor.to(place) for name, tensor in examples.batch(rows, pad=pad).items()}
+        for turn in range(0, len(groups), share.world):
+            mine = turn + share.rank < len(groups)
+            fields = feed.lay(examples, groups[turn + share.rank if mine else turn], model)
             labels = fields.pop("labels")
             found = measure(model(**fields).logits, labels)
             sums += found if mine else 0
@@ -95,6 +109,12 @@ def measure(logits: Tensor, labels: Tensor) -> Tensor:
     -------
     Tensor
         Losses are computed in float32, a row at a time where there is a vocabulary, and summed in float64.
+
+    Examples
+    --------
+    >>> logits = torch.tensor([[0.0, 20.0], [20.0, 0.0], [0.0, 20.0]])
+    >>> measure(logits, torch.tensor([1, 0, 0]))[1:]
+    tensor([2., 3.], dtype=torch.float64)
     """
     if logits.ndim == 2:
         losses = F.cross_entropy(logits.float(), labels, reduction="none").cpu().double()

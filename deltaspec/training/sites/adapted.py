@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaspec.errors import OptionError
+from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta, View
-
-if TYPE_CHECKING:
-    from deltaspec.training.sites.site import Site
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -68,6 +66,10 @@ class Update(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Return what is stored of it, the parameters themselves, by the end of their stored names (PEFT's if any)."""
         raise NotImplementedError
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return what it has in common with the adapter's other updates, by whole stored names; nothing by default."""
+        return {}
 
 
 class Adapted(nn.Module):

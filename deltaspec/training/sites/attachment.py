@@ -42,23 +42,26 @@ class Attachment:
         Its name in METHODS.
     options : dataclass
         The method's own.
-    shared : mapping of str to Tensor
-        Parameters and buffers that all updates use, by full stored name.
+
+    Attributes
+    ----------
+    updates : dict of str to Update
+        By the names of their sites.
+    shared : dict of str to Tensor
+        What several updates have in common, by whole stored names.
+
+    Raises
+    ------
+    OptionError
+        If the name is taken or unusable, or the model's adapters are merged or mixed.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        updates: Sequence[Update] = (),
-        *,
-        name: str,
-        method: str,
-        options: Any,
-        shared: Mapping[str, Tensor] | None = None,
+        self, model: nn.Module, updates: Sequence[Update] = (), *, name: str, method: str, options: Any
     ) -> None:
         self.model, self.name, self.method, self.options = model, name, method, options
         self.updates = {update.site.name: update for update in updates}
-        self.shared = dict(shared or {})
+        self.shared = {name: tensor for update in updates for name, tensor in update.shared().items()}
         check_free(model, name)
         for update in updates:
             wrapper = wrap(model, update.site.path)

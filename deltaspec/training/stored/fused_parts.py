@@ -91,7 +91,7 @@ def _join(parts: Sequence[Site], own: Sequence[Mapping[str, Tensor]], base: Tens
     """Join what the parts of one module hold, by the end of its name."""
     index = torch.arange(len(base), device=base.device)
     joined = {SIDES[0]: torch.cat([held[SIDES[0]] for held in own])}
-    for suffix in own[0].keys() - {SIDES[0]}:
+    for suffix in [suffix for suffix in own[0] if suffix != SIDES[0]]:
         given = [held[suffix] for held in own]
         if given[0].ndim == 2:
             whole = given[0].new_zeros(len(base), sum(factor.shape[1] for factor in given))

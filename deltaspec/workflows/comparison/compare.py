@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from deltaspec.plots.comparison import draw_change, draw_learning
 from deltaspec.plots.tables import to_columns
 from deltaspec.types import Step
 from deltaspec.workflows.analysis.write_figures import check_formats, render_csv, render_figure, write_figure
-from deltaspec.workflows.comparison.change_measures import FIRST, measure_changes
-from deltaspec.workflows.comparison.finished_trainings import Trained, open_base, open_trainings
+from deltaspec.workflows.comparison.change_measures import measure_changes
+from deltaspec.workflows.comparison.finished_trainings import FinishedTraining, open_base, open_trainings
+from deltaspec.workflows.comparison.matrix_measures import FIRST
+from deltaspec.workflows.comparison.rows import ComparisonRow, LearnedRow
 
 TABLE = "compare"
 FIGURES = {"learning": draw_learning, "change": draw_change}
@@ -30,7 +32,7 @@ def compare(
     *,
     options: CompareOptions | None = None,
     progress: Callable[[Step], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ComparisonRow]:
     """Put trainings of one base on one data set side by side: what each learned, forgot, cost, and changed.
 
     Parameters
@@ -46,8 +48,8 @@ def compare(
 
     Returns
     -------
-    list of dict
-        A row for each training. ``overlap`` is the median over matrices of φ between the top right singular vectors of
+    list of ComparisonRow
+        A dict for each training. ``overlap`` is the median over matrices of φ between the top right singular vectors of
         its ΔW and those of full fine-tuning's, ``overlap_null`` that of random subspaces; ``intruders`` the mean
         number of intruder dimensions of a matrix among the first 10, ``intruders_null`` that of a random change of the
         same norm and rank; ``amplification`` the median of ‖ΔW_k‖/‖UᵀWV‖, ``amplification_null`` that of random
@@ -63,12 +65,14 @@ def compare(
     place = Path(out) if out is not None else Path("runs") / TABLE
     base = open_base(trainings)
     changes = measure_changes(base, trainings, place, options=options, progress=progress)
-    rows = [{**describe(trained), **changes[trained.folder]} for trained in trainings]
+    rows: list[ComparisonRow] = [
+        {**describe(trained), **change} for trained, change in zip(trainings, changes, strict=True)
+    ]
     _write(place, rows)
     return rows
 
 
-def describe(trained: Trained) -> dict[str, Any]:
+def describe(trained: FinishedTraining) -> LearnedRow:
     """Say what one training cost, learned and forgot."""
     report, results = trained.report, trained.report["results"]
     learned, forgotten = results.get("learned") or {}, results.get("forgotten") or {}
@@ -104,7 +108,7 @@ def _loss(before: float | None, after: float | None, metric: str | None) -> floa
 
 
 def draw_comparison(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[ComparisonRow],
     out: str | Path | None = None,
     *,
     formats: Sequence[str] = ("pdf", "png"),
@@ -114,7 +118,7 @@ def draw_comparison(
 
     Parameters
     ----------
-    rows : sequence of dict
+    rows : sequence of ComparisonRow
         From ``compare``. Rows of one label are drawn around their mean.
     out : str or Path, optional
         Folder; ``runs/compare`` by default.
@@ -143,7 +147,7 @@ def draw_comparison(
     return written
 
 
-def _signed(row: dict[str, Any]) -> dict[str, Any]:
+def _signed(row: Mapping[str, Any]) -> dict[str, Any]:
     """Turn perplexities round, so that more is better."""
     drawn = {name: row[name] for name in DRAWN}
     for metric, names in (("metric", ("learned",)), ("kept_metric", ("kept", "kept_before"))):
@@ -152,13 +156,13 @@ def _signed(row: dict[str, Any]) -> dict[str, Any]:
     return drawn
 
 
-def _shared(row: dict[str, Any]) -> dict[str, Any]:
+def _shared(row: Mapping[str, Any]) -> dict[str, Any]:
     """Turn counts of intruders into shares of the vectors looked at."""
     drawn = {name: row[name] for name in CHANGED}
     return drawn | {name: row[name] / FIRST for name in CHANGED[-2:] if row[name] is not None}
 
 
-def _write(place: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _write(place: Path, rows: Sequence[ComparisonRow]) -> None:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -18,7 +18,7 @@ from deltaspec.workflows.shared.opened_base import Base
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class FinishedTraining:
     """One finished training: its folder, report and label."""
 
     folder: Path
@@ -42,7 +42,7 @@ class Trained:
         return f"{self.report['method']}-{digest}"
 
 
-def open_trainings(folders: Sequence[str | Path]) -> list[Trained]:
+def open_trainings(folders: Sequence[str | Path]) -> list[FinishedTraining]:
     """Read the reports of finished trainings, each with a label that tells it from the others.
 
     Raises
@@ -72,7 +72,7 @@ def open_trainings(folders: Sequence[str | Path]) -> list[Trained]:
             raise RunError(message)
     _check_data(found)
     labels = make_labels([report for _, report in found])
-    return [Trained(folder, report, label) for (folder, report), label in zip(found, labels, strict=True)]
+    return [FinishedTraining(folder, report, label) for (folder, report), label in zip(found, labels, strict=True)]
 
 
 def _check_data(found: Sequence[tuple[Path, dict[str, Any]]]) -> None:
@@ -98,7 +98,7 @@ def _name_data(data: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def open_base(trainings: Sequence[Trained]) -> Base:
+def open_base(trainings: Sequence[FinishedTraining]) -> Base:
     """Open the base of trainings where it was when they began.
 
     Raises

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.errors import OptionError
+from deltaspec.options.recipe import OptionValue, Recipe
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.attachment import Attachment
@@ -59,27 +60,15 @@ class Counts:
         return {"stored": 4 * self.stored, "head": 4 * self.head, "optimizer": 8 * (self.trainable + self.head)}
 
 
-def count(
-    ref: str | Path,
-    method: str = "lora",
-    options: Mapping[str, Any] | None = None,
-    *,
-    targets: TargetOptions | None = None,
-    task: str = "",
-    labels: int = 0,
-) -> Counts:
+def count(ref: str | Path, recipe: Recipe | None = None, *, task: str = "", labels: int = 0) -> Counts:
     """Count what a method would train on a model, from its config alone.
 
     Parameters
     ----------
     ref : str or Path
         A folder with a config.json, such a file, or a hub id, of which only config.json is fetched.
-    method : str
-        Its name in METHODS.
-    options : mapping of str to value, optional
-        Fields of the method's options; those left out keep their defaults.
-    targets : TargetOptions, optional
-        Which matrices it changes; the method's own by default.
+    recipe : Recipe, optional
+        Of which ``method``, ``method_options`` and ``targets`` count; LoRA by default.
     task : str
         ``classification`` or ``causal-lm``: with the head that the task needs; empty takes what the config names.
     labels : int
@@ -98,14 +87,15 @@ def count(
     MissingPackageError
         If transformers is not installed.
     """
-    chosen, targets = make_options(method, options or {}), targets or TargetOptions()
+    recipe = recipe or Recipe()
+    chosen = make_options(recipe.method, recipe.method_options)
     model = build_skeleton(describe_skeleton(ref, task=task, labels=labels))
-    sites = choose_method_sites(model, method, targets)
-    attachment = METHODS[method].attach(model, sites, chosen, name="default", seed=0)
-    return count_parameters(model, attachment, targets=targets)
+    sites = choose_method_sites(model, recipe.method, recipe.targets)
+    attachment = METHODS[recipe.method].attach(model, sites, chosen, name="default", seed=0)
+    return count_parameters(model, attachment, targets=recipe.targets)
 
 
-def make_options(method: str, options: Mapping[str, Any]) -> Any:
+def make_options(method: str, options: Mapping[str, OptionValue]) -> Any:
     """Make a method's options from those that were given.
 
     Raises

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from torch import Tensor, nn
 
-from torch import Tensor
-
-from deltaspec.training.data.examples import padding
-from deltaspec.training.measure.evaluate import evaluate
+from deltaspec.training.data.examples import Examples, Share, padding
+from deltaspec.training.measure.evaluate import Feed, evaluate
 from deltaspec.training.measure.probe import probe
-from deltaspec.workflows.training.plan import Plan
+from deltaspec.types.running import Accelerator
+from deltaspec.workflows.training.plan import TrainingPlan
 
 
 class Measure:
@@ -17,43 +16,36 @@ class Measure:
 
     Parameters
     ----------
-    plan : Plan
+    plan : TrainingPlan
     model : nn.Module
         As ``accelerator.prepare`` returned it.
     accelerator : accelerate.Accelerator
     """
 
-    def __init__(self, plan: Plan, model: Any, accelerator: Any) -> None:
+    def __init__(self, plan: TrainingPlan, model: nn.Module, accelerator: Accelerator) -> None:
         self.plan, self.model, self.accelerator = plan, model, accelerator
         self.pad = padding(plan.tokenizer)
 
     def learned(self) -> dict[str, float]:
         """Return loss, and accuracy or perplexity, on held-out data; nothing where there are none."""
-        return self._evaluate(self.plan.held) if self.plan.held else {}
+        return self._evaluate(self.plan.data.held) if self.plan.data.held else {}
 
     def kept(self) -> dict[str, float]:
         """Return the accuracy of a probe on other data, or the perplexity of other text."""
-        if not self.plan.forget:
+        if not self.plan.data.forget:
             return {}
         if self.plan.recipe.data.task == "causal-lm":
-            return self._evaluate(self.plan.forget[0])
+            return self._evaluate(self.plan.data.forget[0])
         model = self.accelerator.unwrap_model(self.model)
-        known, asked = self.plan.forget
-        return {"accuracy": probe(model, known, asked, pad=self.pad, device=self.accelerator.device)}
+        known, asked = self.plan.data.forget
+        feed = Feed(self.pad, device=self.accelerator.device)
+        return {"accuracy": probe(model, known, asked, feed)}
 
-    def _evaluate(self, examples: Any) -> dict[str, float]:
-        found = self.accelerator
-        return evaluate(
-            self.model,
-            examples,
-            pad=self.pad,
-            batch=self.plan.recipe.loop.batch,
-            device=found.device,
-            rank=found.process_index,
-            world=found.num_processes,
-            gather=self._add if found.num_processes > 1 else None,
-        )
+    def _evaluate(self, examples: Examples) -> dict[str, float]:
+        here = self.accelerator
+        feed = Feed(self.pad, self.plan.recipe.loop.batch, here.device)
+        share, gather = Share(here.process_index, here.num_processes), self._add if here.num_processes > 1 else None
+        return evaluate(self.model, examples, feed, share=share, gather=gather)
 
     def _add(self, sums: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()
-        return total
+        return self.accelerator.reduce(sums.to(self.accelerator.device), reduction="sum").cpu()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ from torch import nn
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.io.open import identify_source
-from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
-from deltaspec.training.data.examples import Examples, read_examples, read_split
+from deltaspec.options.recipe import Recipe
 from deltaspec.training.methods import METHODS
 from deltaspec.training.methods.virtual_tokens.virtual import count_positions
 from deltaspec.training.sites.attachment import Method, freeze
 from deltaspec.training.sites.model_sites import base_bias, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import Checkpoint
+from deltaspec.types.running import Tokenizer
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
 from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_tokenizer, open_model
 from deltaspec.workflows.training.count import (
@@ -30,43 +29,18 @@ from deltaspec.workflows.training.count import (
     describe_left_out,
     make_options,
 )
-
-TESTED = 0.2  # of other data, where nothing is held out of the training's
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to train: a method with its options and targets, how data are read, the loop, and where it runs."""
-
-    method: str = "lora"
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    targets: TargetOptions = field(default_factory=TargetOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    forget: DataOptions | None = None  # None reads it like the data
-    loop: LoopOptions = field(default_factory=LoopOptions)
-    run: RunOptions = field(default_factory=RunOptions)
+from deltaspec.workflows.training.read_data import TrainingData, read_data
 
 
 @dataclass(frozen=True, slots=True)
-class Sets:
-    """Where data are read: to train, to evaluate on (a held-out share of the first if None), to measure forgetting."""
-
-    train: str
-    held: str | None = None
-    forget: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A training that can begin. ``forget`` is what a probe learns from and is tested on, or one text."""
+class TrainingPlan:
+    """A training that can begin."""
 
     checkpoint: Checkpoint
-    tokenizer: Any
+    tokenizer: Tokenizer
     recipe: Recipe
     options: Any
-    train: Examples
-    held: Examples | None
-    forget: tuple[Examples, ...]
+    data: TrainingData
     counts: Counts
     identity: dict[str, Any]
 
@@ -81,7 +55,7 @@ class Plan:
         return self.method.space == "base" or self.recipe.run.save == "full"
 
 
-def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
+def make_plan(base: str, recipe: Recipe) -> TrainingPlan:
     """Read the data, and attach the method to the model without weights.
 
     Raises
@@ -89,19 +63,17 @@ def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
     CheckpointError
         If the model or data cannot be read, or have nothing to learn from.
     OptionError
-        If an option makes no sense for this model.
+        If an option makes no sense for this model, or the recipe names no data.
     """
     options = make_options(recipe.method, recipe.method_options)
-    checkpoint, task = open_model(model), recipe.data.task
-    kind = describe_skeleton(model, task=task)
+    checkpoint, task = open_model(base), recipe.data.task
+    kind = describe_skeleton(base, task=task)
     if task == "causal-lm" and not kind.packed:
-        message = f"Cannot use '{model}' for --task causal-lm: {kind.cls.__name__} reads texts in both directions."
+        message = f"Cannot use '{base}' for --task causal-lm: {kind.cls.__name__} reads texts in both directions."
         raise CheckpointError(message)
     tokenizer = load_tokenizer(checkpoint)
-    limits = _find_limits(kind)
-    train, held = _read_data(sets, recipe.data, tokenizer, limits)
-    forget = _read_forget(sets, recipe, tokenizer, limits)
-    skeleton = build_skeleton(describe_skeleton(model, task=task, labels=len(train.names)))
+    data = read_data(recipe, tokenizer, limits=_find_limits(kind))
+    skeleton = build_skeleton(describe_skeleton(base, task=task, labels=len(data.train.names)))
     freeze(skeleton)
     sites = choose_method_sites(skeleton, recipe.method, recipe.targets)
     if recipe.run.save == "full":
@@ -115,20 +87,21 @@ def make_plan(model: str, sets: Sets, recipe: Recipe) -> Plan:
         "method": recipe.method,
         "method_options": asdict(options),
         "targets": asdict(recipe.targets),
-        "data": {**asdict(recipe.data), "names": list(train.names), **_name_sets(sets, recipe, (train, held, *forget))},
+        "data": data.describe(recipe),
         "run": asdict(recipe.run),
     }
-    return Plan(checkpoint, tokenizer, recipe, options, train, held, forget, counts, identity)
+    return TrainingPlan(checkpoint, tokenizer, recipe, options, data, counts, identity)
 
 
-def list_notes(plan: Plan, *, device: torch.device) -> Iterator[str]:
+def list_notes(plan: TrainingPlan, *, device: torch.device) -> Iterator[str]:
     """Say what was left out of the data and of the model, and in which dtype was measured and saved."""
     stored, used = (choose_dtype(plan.checkpoint, "auto", device=place) for place in (torch.device("meta"), device))
     if stored.itemsize < torch.float32.itemsize:
         kind = "float32" if plan.method.space == "base" else str(used).removeprefix("torch.")
         saved = ", and what is saved is in float32" if plan.full else ""
         yield f"the base is stored in less than float32: what was measured, before too, is of {kind} weights{saved}"
-    for name, examples in (("train", plan.train), ("held out", plan.held), *(("forget", part) for part in plan.forget)):
+    data = plan.data
+    for name, examples in (("train", data.train), ("held out", data.held), *(("forget", part) for part in data.forget)):
         if examples and examples.cut:
             yield f"{examples.cut} of {len(examples)} texts ({name}) were cut to the length in tokens"
         if examples and examples.skipped:
@@ -177,43 +150,8 @@ def _find_limits(kind: ModelKind) -> tuple[int, int]:
     return min(filter(None, (longest, usable)), default=0), rows
 
 
-def _read_data(
-    sets: Sets, options: DataOptions, tokenizer: Any, limits: tuple[int, int]
-) -> tuple[Examples, Examples | None]:
-    if sets.held is not None:
-        train = read_examples(sets.train, options, tokenizer, limits=limits)
-        return train, read_examples(sets.held, options, tokenizer, limits=limits, names=train.names)
-    if options.holdout:
-        return read_split(sets.train, options, tokenizer, limits=limits)
-    return read_examples(sets.train, options, tokenizer, limits=limits), None
-
-
-def _read_forget(sets: Sets, recipe: Recipe, tokenizer: Any, limits: tuple[int, int]) -> tuple[Examples, ...]:
-    if sets.forget is None:
-        return ()
-    options = recipe.forget or recipe.data
-    if options.task != recipe.data.task:
-        message = f"Forgetting is measured by the task of the training ({recipe.data.task}), found {options.task}."
-        raise OptionError(message)
-    if options.task == "causal-lm":
-        return (read_examples(sets.forget, options, tokenizer, limits=limits),)
-    options = replace(options, holdout=options.holdout or TESTED)
-    return read_split(sets.forget, options, tokenizer, limits=limits)
-
-
 def _name_base(checkpoint: Checkpoint) -> dict[str, Any]:
     """Say which files the base is; a local one by its absolute path, so that others find it."""
     found = identify_source(checkpoint)
     place = Path(checkpoint.ref).expanduser()
     return {**found, "ref": str(place.resolve()) if place.exists() else checkpoint.ref}
-
-
-def _name_sets(sets: Sets, recipe: Recipe, examples: tuple[Examples | None, ...]) -> dict[str, Any]:
-    """Say where data came from, and hash what was read: token ids and classes, in their order."""
-    digest = hashlib.sha256()
-    for part in examples:
-        for tensor in (part.ids, part.offsets, part.labels) if part else ():
-            digest.update(tensor.numpy().tobytes())
-        digest.update(b"\0")
-    forget = asdict(recipe.forget or recipe.data) if sets.forget is not None else None
-    return {"sources": asdict(sets), "forget_options": forget, "sha256": digest.hexdigest()}

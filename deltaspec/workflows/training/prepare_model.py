@@ -18,20 +18,21 @@ from deltaspec.training.data.examples import padding
 from deltaspec.training.sites.attachment import Attachment, Group, fill, freeze
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.types import Checkpoint
+from deltaspec.types.running import Accelerator
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
 from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_model, read_state
 from deltaspec.workflows.training.count import choose_method_sites
-from deltaspec.workflows.training.plan import Plan
+from deltaspec.workflows.training.plan import TrainingPlan
 
 UNNAMED = ("LABEL_0", "LABEL_1")  # classes of a config that names none
 HEAD = "head/"  # before the names of a head's tensors among an attachment's
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class PreparedModel:
     """A model, the method on it, and the head that is trained beside it, by names in the model."""
 
-    model: Any
+    model: nn.Module
     attachment: Attachment
     head: dict[str, nn.Parameter]
 
@@ -52,7 +53,7 @@ class Trained:
 
 
 @contextmanager
-def accelerated(run: RunOptions, *, seed: int) -> Iterator[Any]:
+def accelerated(run: RunOptions, *, seed: int) -> Iterator[Accelerator]:
     """Give an accelerate.Accelerator; torch's random generators are seeded for this process, and restored after it.
 
     Raises
@@ -75,7 +76,7 @@ def accelerated(run: RunOptions, *, seed: int) -> Iterator[Any]:
         yield accelerate.Accelerator(cpu=device.type == "cpu" or None, mixed_precision=run.precision)
 
 
-def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
+def prepare_model(plan: TrainingPlan, *, device: torch.device) -> PreparedModel:
     """Load the base, frozen, attach the method, and copy those of the base's parameters that are trained.
 
     Raises
@@ -84,7 +85,7 @@ def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
         If weights are missing that are not of a head.
     """
     recipe, checkpoint = plan.recipe, plan.checkpoint
-    names = plan.train.names
+    names = plan.data.train.names
     kind = describe_skeleton(checkpoint.ref, task=recipe.data.task, labels=len(names))
     stored = choose_dtype(checkpoint, "auto", device=device)
     dtype = torch.float32 if plan.method.space == "base" else stored
@@ -109,7 +110,7 @@ def prepare_model(plan: Plan, *, device: torch.device) -> Trained:
         renamed = hasattr(model, "activation_checkpointing_enable")  # by transformers 5
         name = "activation_checkpointing" if renamed else "gradient_checkpointing"
         getattr(model, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
-    return Trained(model, attachment, head)
+    return PreparedModel(model, attachment, head)
 
 
 def _load(checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], **place: Any) -> tuple[Any, set[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltaspec.files.atomic import whole_file
 from deltaspec.training.data.examples import padding
@@ -17,15 +17,15 @@ from deltaspec.training.sites.adapted import Adapted
 from deltaspec.training.sites.model_sites import WRAPPED, base_parameters
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
 from deltaspec.workflows.shared.running_models import quiet_transformers
-from deltaspec.workflows.training.plan import Plan
-from deltaspec.workflows.training.prepare_model import Trained
+from deltaspec.workflows.training.plan import TrainingPlan
+from deltaspec.workflows.training.prepare_model import PreparedModel
 from deltaspec.workflows.training.saved_adapters import save_adapter
 
 TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 COPIED = ("generation_config.json", "chat_template.jinja")
 
 
-def save_trained(folder: Path, trained: Trained, plan: Plan) -> None:
+def save_trained(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> None:
     """Write what a training has come to.
 
     Raises
@@ -40,12 +40,12 @@ def save_trained(folder: Path, trained: Trained, plan: Plan) -> None:
     save_adapter(folder, trained.attachment, base=base, task_type=task, heads=trained.head)
 
 
-def _save_whole(folder: Path, trained: Trained, plan: Plan) -> None:
+def _save_whole(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> None:
     """Write config, tokenizer and weights in float32: in a base's bfloat16, small steps would be rounded away.
 
     An adapter's W + ΔW are summed in float64 and rounded once.
     """
-    checkpoint, names = plan.checkpoint, plan.train.names
+    checkpoint, names = plan.checkpoint, plan.data.train.names
     kind = describe_skeleton(checkpoint.ref, task=plan.recipe.data.task, labels=len(names))
     skeleton: Any = build_skeleton(kind)  # transformers knows by it how this model's weights are named in files
     tensors = _merge(trained.model)
@@ -67,7 +67,7 @@ def _save_whole(folder: Path, trained: Trained, plan: Plan) -> None:
             shutil.copyfile(checkpoint.root / name, folder / name)
 
 
-def _merge(model: Any) -> dict[str, Tensor]:
+def _merge(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors by name in float32, tied ones once, with what adapters add to them."""
     own = base_parameters(model)
     known = model.state_dict().keys()

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import resource
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -18,16 +12,17 @@ from torch import Tensor
 
 from deltaspec.errors import NumericalError, OptionError
 from deltaspec.store.training_folder import Folder, read_report
-from deltaspec.training.data.examples import Batches, padding
+from deltaspec.training.data.examples import Batches, Share, padding
 from deltaspec.training.loop.resume import pack_state, unpack_state, unpack_trained
 from deltaspec.training.loop.sharded import gather_state, is_sharded, link_state
-from deltaspec.training.loop.steps import Tick, count_steps, make_optimizer, run_loop
+from deltaspec.training.loop.steps import Prepared, Tick, count_steps, make_optimizer, run_loop
+from deltaspec.types.running import Accelerator
 from deltaspec.workflows.training.measure import Measure
-from deltaspec.workflows.training.plan import Plan, list_notes
+from deltaspec.workflows.training.plan import TrainingPlan, list_notes
 from deltaspec.workflows.training.prepare_model import prepare_model
+from deltaspec.workflows.training.process_memory import peak_memory, ran_out, reset_peak
 from deltaspec.workflows.training.save import save_trained
 
-RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 PACKAGES = ("deltaspec", "torch", "transformers", "accelerate", "datasets")
 
 
@@ -36,13 +31,13 @@ class Training:
 
     Parameters
     ----------
-    plan : Plan
+    plan : TrainingPlan
     folder : Folder
         Begun.
     accelerator : accelerate.Accelerator
     """
 
-    def __init__(self, plan: Plan, folder: Folder, accelerator: Any) -> None:
+    def __init__(self, plan: TrainingPlan, folder: Folder, accelerator: Accelerator) -> None:
         self.plan, self.folder, self.accelerator = plan, folder, accelerator
         self.trained = prepare_model(plan, device=accelerator.device)
         self.newest = folder.newest()
@@ -63,22 +58,21 @@ class Training:
     def run(self, progress: Callable[[Tick], None] | None) -> dict[str, Any]:
         """Train to the end, and return the report; NumericalError where memory runs out or a loss is no number."""
         loop, found = self.plan.recipe.loop, self.accelerator
-        _reset_peak(found.device)
+        reset_peak(found.device)
         batches = Batches(
-            self.plan.train,
+            self.plan.data.train,
             size=loop.batch,
             seed=loop.seed,
             pad=padding(self.plan.tokenizer),
-            rank=found.process_index,
-            world=found.num_processes,
+            share=Share(found.process_index, found.num_processes),
         )
         self.progress = progress
         try:
             start = self._begin()
-            run_loop(self.model, self.optimizer, batches, loop, accelerator=found, start=start, after=self._after)
+            run_loop(Prepared(self.model, self.optimizer, found), batches, loop, start=start, after=self._after)
             return self._end(count_steps(batches, loop))
         except (RuntimeError, MemoryError) as cause:
-            if not _is_memory(cause):
+            if not ran_out(cause):
                 raise
             message = (
                 f"Out of memory on {found.device}: pass a smaller --batch with more --accumulate, a smaller --length, "
@@ -101,7 +95,7 @@ class Training:
         step: int = position["step"]
         self.folder.rewind(step)
         unpack_state(packed, self.optimizer, self.accelerator)
-        if position["scaler"]:
+        if position["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(position["scaler"])
         return step
 
@@ -113,7 +107,7 @@ class Training:
         return state
 
     def _refuse_probe(self) -> None:
-        if self.plan.forget and self.plan.recipe.data.task == "classification":
+        if self.plan.data.forget and self.plan.recipe.data.task == "classification":
             message = "--forget runs a model's body alone, which FSDP cannot: leave it out, or train without FSDP."
             raise OptionError(message)
 
@@ -173,34 +167,5 @@ class Training:
             "forgotten": {"metric": metric, "before": kept[0][metric], "after": kept[-1][metric]} if kept else None,
             "steps": total,
             "seconds_per_step": median(line["seconds"] for line in lines if "seconds" in line),
-            "peak_memory": _peak_memory(self.accelerator.device),
+            "peak_memory": peak_memory(self.accelerator.device),
         }
-
-
-def _is_memory(cause: Exception) -> bool:
-    """Tell whether memory ran out; the CPU's allocator raises a plain RuntimeError."""
-    return isinstance(cause, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(cause)
-
-
-def _reset_peak(device: torch.device) -> None:
-    """Forget what this process held at most before, where the system can (CUDA; Linux's VmHWM)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif RESET.exists():
-        gc.collect()
-        with suppress(OSError, AttributeError):  # what is free, but not given back yet, would count
-            ctypes.CDLL(None).malloc_trim(0)
-        with suppress(OSError):
-            RESET.write_text("5")
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Return the bytes that this process held at most: on a CUDA device, of its memory, else of the machine's."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if STATUS.exists():
-        peak = next((line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")), "")
-        if peak:
-            return int(peak.split()[1]) * 1024
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024

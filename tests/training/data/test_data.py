@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options import TextOptions
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data.examples import Batches, Examples, encode, padding, read_examples, read_split, rows
-from deltaspec.training.data.table import Table, read_table, split_table
+from deltaspec.training.data import rows
+from deltaspec.training.data.examples import Batches, Examples, Share, encode, padding
+from deltaspec.training.data.table import Table, split_table
 from deltaspec.workflows.shared.text_batches import make_batches
+from deltaspec.workflows.training.read_data import read_examples, read_split, read_table
 from tests.tiny_models import write_text, write_tokenizer
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
@@ -314,7 +316,7 @@ def make_examples(count, *, task="classification"):
 def test_batches_of_any_step_and_process(count, size, world, seed):
     """Asked backwards: every epoch has each example once, in an order of seed and epoch; processes share a batch."""
     examples = make_examples(count)
-    parts = [Batches(examples, size=size, seed=seed, pad=0, rank=rank, world=world) for rank in range(world)]
+    parts = [Batches(examples, size=size, seed=seed, pad=0, share=Share(rank, world)) for rank in range(world)]
     steps = len(parts[0])
     for epoch in (1, 0):
         seen = []
@@ -356,7 +358,7 @@ def test_rows_are_padded_on_the_right(task):
 
 def test_more_processes_than_examples():
     with pytest.raises(OptionError, match="2 examples for 3 processes"):
-        Batches(make_examples(2), size=1, seed=0, pad=0, world=3)
+        Batches(make_examples(2), size=1, seed=0, pad=0, share=Share(0, 3))
 
 
 def test_the_movie_snippets():

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from deltaspec.errors import NumericalError, OptionError
 from deltaspec.options import LoopOptions
 from deltaspec.training.loop.schedule import rate_at
-from deltaspec.training.loop.steps import count_steps, make_optimizer, run_loop
+from deltaspec.training.loop.steps import Prepared, count_steps, make_optimizer, run_loop
 from deltaspec.training.sites.attachment import Group
 from tests.tiny_models import VOCAB, build
 
@@ -66,7 +66,7 @@ def run(model, batches, options, *, groups=None, accelerator=None):
     groups = groups or [Group(tuple(model.parameters()))]
     model, optimizer = accelerator.prepare(model, make_optimizer(groups, options))
     ticks = []
-    run_loop(model, optimizer, Given(batches), options, accelerator=accelerator, start=0, after=ticks.append)
+    run_loop(Prepared(model, optimizer, accelerator), Given(batches), options, start=0, after=ticks.append)
     return ticks
 
 

@@ -11,8 +11,8 @@ import scipy.special
 import torch
 
 from deltaspec.errors import NumericalError, OptionError
-from deltaspec.training.data.examples import Examples
-from deltaspec.training.measure.evaluate import evaluate
+from deltaspec.training.data.examples import Examples, Share
+from deltaspec.training.measure.evaluate import Feed, evaluate
 from deltaspec.training.measure.probe import PENALTY, features, fit, probe, score
 from tests import tiny_models
 
@@ -36,7 +36,7 @@ def test_accuracy_and_loss_are_means_over_rows(batch):
     model, examples = tiny_models.build("classifier"), make_examples(11, task="classification")
     model.bert.encoder.train()
     modes = {name: module.training for name, module in model.named_modules()}
-    found = evaluate(model, examples, pad=0, batch=batch)
+    found = evaluate(model, examples, Feed(0, batch))
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     model.eval()
@@ -52,7 +52,7 @@ def test_accuracy_and_loss_are_means_over_rows(batch):
 def test_perplexity_is_a_mean_over_tokens(name):
     """Sequences of several lengths, where a mean over batches or rows is another number."""
     model, examples = tiny_models.build(name), make_examples(9, task="causal-lm")
-    found = evaluate(model, examples, pad=0, batch=4)
+    found = evaluate(model, examples, Feed(0, 4))
     with torch.no_grad():
         losses = [(float(model(ids, labels=ids).loss), ids.shape[1] - 1) for ids in single(examples)]
     wanted = sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
@@ -67,11 +67,11 @@ def test_processes_add_up(world):
     model, examples = tiny_models.build("classifier"), make_examples(10, task="classification")
     parts, calls = [], []
     model.register_forward_hook(lambda *_: calls.append(0))
-    alone = evaluate(model, examples, pad=0, batch=3)
+    alone = evaluate(model, examples, Feed(0, 3))
     total = torch.zeros(3, dtype=torch.float64)
     for rank in range(world):
         calls.clear()
-        found = evaluate(model, examples, pad=0, batch=3, rank=rank, world=world, gather=total.add_)
+        found = evaluate(model, examples, Feed(0, 3), share=Share(rank, world), gather=total.add_)
         parts.append(len(calls))
     assert parts == [-(-4 // world)] * world
     assert found == pytest.approx(alone, rel=1e-12)
@@ -82,9 +82,9 @@ def test_what_is_not_a_number_is_said():
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[examples.ids[0]] = math.nan
     with pytest.raises(NumericalError, match="loss on held-out examples is nan"):
-        evaluate(model, examples, pad=0)
+        evaluate(model, examples, Feed(0))
     with pytest.raises(NumericalError, match="features are NaN"):
-        probe(model, examples, examples, pad=0)
+        probe(model, examples, examples, Feed(0))
 
 
 def test_nothing_to_predict_is_refused():
@@ -93,13 +93,13 @@ def test_nothing_to_predict_is_refused():
         evaluate(
             tiny_models.build("llama"),
             Examples("causal-lm", empty.int(), torch.zeros(1, dtype=torch.int64), empty),
-            pad=0,
+            Feed(0),
         )
 
 
 def test_features_are_means_over_tokens():
     model, examples = tiny_models.build("classifier"), make_examples(7, task="classification")
-    found = features(model.train(), examples, pad=0, batch=3)
+    found = features(model.train(), examples, Feed(0, 3))
     assert model.training
     model.eval()
     with torch.no_grad():

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from deltaspec.training.methods.lora.adapted_linear import Factors
 from deltaspec.training.methods.lora.dora import row_lengths, square_rows
+from deltaspec.training.methods.lora.update import LinearLora
 from deltaspec.training.sites.adapted import Adapted
 from deltaspec.training.sites.attachment import Attachment, freeze
 from deltaspec.training.sites.model_sites import base_parameters
@@ -95,7 +97,7 @@ def test_never_makes_a_matrix_of_the_weights_shape(
     freeze(model)
     attachment = move(start(model, **options))
     if not fused:
-        monkeypatch.setattr("deltaspec.training.methods.lora.lora.update.LoraUpdate.fuse", lambda *_, **__: None)
+        monkeypatch.setattr(LinearLora, "fuse", lambda *_, **__: None)
     with Shapes() as shapes:
         gradients(model, attachment)
     weights = {site.shape for site in attachment.sites} | {site.shape[::-1] for site in attachment.sites}
@@ -110,7 +112,7 @@ def test_row_lengths_are_the_dense_ones() -> None:
     for size in (0.0, 1e-3, 1.0, 30.0):
         weight = torch.randn(96, 160, generator=generator)
         lora_A, lora_B = torch.randn(8, 160, generator=generator), size * torch.randn(96, 8, generator=generator)
-        found = row_lengths(weight, square_rows(weight).float(), lora_A=lora_A, lora_B=lora_B, scaling=0.7)
+        found = row_lengths(weight, square_rows(weight).float(), Factors(lora_A, lora_B, 0.7))
         wanted = np.linalg.norm(
             weight.double().numpy() + 0.7 * (lora_B.double().numpy() @ lora_A.double().numpy()), axis=1
         )
@@ -118,7 +120,7 @@ def test_row_lengths_are_the_dense_ones() -> None:
     lora_A = torch.linalg.qr(torch.randn(160, 8, generator=generator))[0].T.contiguous()
     lora_B = torch.randn(96, 8, generator=generator)
     weight = -0.99 * lora_B @ lora_A  # the update all but cancels the rows: (‖w‖ + ‖s·b·A‖)² is 40,000 length²
-    found = row_lengths(weight, square_rows(weight).float(), lora_A=lora_A, lora_B=lora_B, scaling=1.0)
+    found = row_lengths(weight, square_rows(weight).float(), Factors(lora_A, lora_B, 1.0))
     wanted = np.linalg.norm(weight.double().numpy() + lora_B.double().numpy() @ lora_A.double().numpy(), axis=1)
     assert np.abs(found.numpy() / wanted - 1).max() <= 40_000 * eps
 
@@ -137,7 +139,7 @@ def test_parts_of_fused_matrices(options: dict[str, Any]) -> None:
         if options.get("lora_bias"):
             update = attachment.updates[site.name]
             with torch.no_grad():
-                module.bias[site.view.start : site.view.stop] += 7 / 3 * update.shift
+                module.bias[site.view.start : site.view.stop] += 7 / 3 * update.biases.shift
     assert torch.allclose(outputs(model), outputs(other), rtol=0, atol=1e-5)
 
 
@@ -158,7 +160,7 @@ def test_fused_and_plain_steps_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             for layer in layers:
                 del layer.forward
             with monkeypatch.context() as patch:
-                patch.setattr("deltaspec.training.methods.lora.lora.update.LoraUpdate.fuse", lambda *_, **__: None)
+                patch.setattr(LinearLora, "fuse", lambda *_, **__: None)
                 assert torch.allclose(outputs(model), wanted, rtol=0, atol=1e-5)
                 for name, gradient in gradients(model, attachment).items():
                     assert float((gradient - fused[name]).norm()) <= 1e-5 * float(gradient.norm()), (kind, name)

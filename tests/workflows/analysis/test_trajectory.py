@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, OptionError, PairingError, RunError
 from deltaspec.options import AnalyzeOptions
+from deltaspec.options.recipe import DataSources, Recipe
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions
 from deltaspec.store.training_folder import read_report
 from deltaspec.store.trajectory import Trajectory
@@ -283,15 +284,14 @@ def test_activation_methods_are_refused(tmp_path):
 def test_what_deltaspec_train_leaves_is_a_trajectory(tmp_path, method):
     base = tiny_models.save(tiny_models.build("llama"), tmp_path / "base")
     data = tiny_models.write_text(tmp_path / "data.txt", lines=40)
-    train(
-        base,
-        data,
-        tmp_path / "out",
+    recipe = Recipe(
+        DataSources(data),
         method=method,
-        data_options=DataOptions(task="causal-lm", length=16),
+        data=DataOptions(task="causal-lm", length=16),
         loop=LoopOptions(lr=1e-2, steps=5, batch=2),
         run=RunOptions(device="cpu", checkpoint_every=2),
     )
+    train(base, tmp_path / "out", recipe)
     found = trajectory(base, [tmp_path / "out"], tmp_path / "t", options=CPU)
     assert found.steps == [2, 4, 5]
     assert found.complete

@@ -41,7 +41,7 @@ def teach(root, name, **more):
     """One of TRAININGS, of three steps."""
     given = {**TRAININGS[name], **more}
     given["loop"] = {"steps": 3, **given.get("loop", {})}
-    return run(root, root / name, forget=root / "other.csv", forget_options=CLASSES, **given)
+    return run(root, root / name, forget=root / "other.csv", forget_data=CLASSES, **given)
 
 
 @pytest.fixture(scope="module")

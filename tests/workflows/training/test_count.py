@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from deltaspec.errors import CheckpointError, OptionError
-from deltaspec.options import TargetOptions
+from deltaspec.options import Recipe, TargetOptions
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.targets import list_left_out
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
@@ -101,7 +101,7 @@ def test_a_count_from_a_config_is_what_is_attached(name, method, tmp_path):
         pytest.skip("these have no biases")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(tmp_path)
-    counts = count(tmp_path, method, SMALL.get(method))
+    counts = count(tmp_path, Recipe(method=method, method_options=SMALL.get(method, {})))
 
     head = {id(p) for p in list_head(model).values()}
     sites = choose_method_sites(model, method, TargetOptions())
@@ -126,7 +126,9 @@ def test_a_published_count_from_the_config(name, configs):
     row = next(row for row in PUBLISHED["rows"] if row["model"] == name and "trainable" in row)
     targets, given = TargetOptions(row.get("targets", ""), split=row.get("split", False)), PUBLISHED["models"][name]
     task = {key: given[key] for key in ("task", "labels") if key in given}
-    found = count(configs[name], row["method"], row.get("options"), targets=targets, **task)
+    found = count(
+        configs[name], Recipe(method=row["method"], method_options=row.get("options", {}), targets=targets), **task
+    )
     assert (found.trainable, found.total) == (row["trainable"], row.get("total", found.total))
 
 
@@ -165,15 +167,15 @@ def test_a_model_all_of_experts_has_no_mlp_to_adapt(tmp_path):
     write(tmp_path, "MixtralConfig", **MOE, **EXPERTS["MixtralForCausalLM"])
     for targets in ("mlp", "attention,down_proj", ".*experts.*"):
         with pytest.raises(OptionError, match=r"experts\.(gate_up|down)_proj' \(3 × .* stacked in one parameter"):
-            count(tmp_path, options={"rank": 2}, targets=TargetOptions(targets))
-    counts = count(tmp_path, options={"rank": 2})
+            count(tmp_path, Recipe(method_options={"rank": 2}, targets=TargetOptions(targets)))
+    counts = count(tmp_path, Recipe(method_options={"rank": 2}))
     assert {role.role for role in counts.roles} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     missed = 2 * (3 * 48 * 16 + 3 * 16 * 24 + 3 * 16)
     said = describe_left_out(counts.left_out)
     assert said.startswith(f"Left out: {missed:,} parameters, in ")
     assert "layers.*.mlp.experts.gate_up_proj (2 of 3 × 48 × 16), " in said
     assert said.count("\n") == 0
-    assert count(tmp_path, "full").left_out == ()
+    assert count(tmp_path, Recipe(method="full")).left_out == ()
 
 
 def test_vblora_stored_is_the_smallest_release():
@@ -188,18 +190,18 @@ def test_vblora_stored_is_the_smallest_release():
 
 def test_a_head_is_apart_and_a_task_chooses_the_class(tmp_path):
     write(tmp_path, "DistilBertConfig", dim=16, hidden_dim=24, n_layers=1, n_heads=2)
-    bare = count(tmp_path, options={"rank": 2})
-    classifier = count(tmp_path, options={"rank": 2}, task="classification", labels=5)
+    bare = count(tmp_path, Recipe(method_options={"rank": 2}))
+    classifier = count(tmp_path, Recipe(method_options={"rank": 2}), task="classification", labels=5)
     assert (bare.model, bare.head) == ("DistilBertModel", 0)
     assert classifier.head == (16 * 16 + 16) + (5 * 16 + 5)
     assert classifier.total - bare.total == classifier.head
     assert classifier.trainable == bare.trainable
-    assert count(tmp_path, "full", task="classification").head == 0  # it is among the trained
+    assert count(tmp_path, Recipe(method="full"), task="classification").head == 0  # it is among the trained
     config = tmp_path / "other.json"
     config.write_bytes((tmp_path / "config.json").read_bytes())
-    assert count(config, options={"rank": 2}) == bare  # a file does as well, by any name
+    assert count(config, Recipe(method_options={"rank": 2})) == bare  # a file does as well, by any name
     (tmp_path / "model.safetensors").touch()
-    assert count(tmp_path / "model.safetensors", options={"rank": 2}) == bare  # and weights beside it
+    assert count(tmp_path / "model.safetensors", Recipe(method_options={"rank": 2})) == bare  # and weights beside it
 
 
 def test_no_weight_is_read_and_no_code_run(tmp_path):
@@ -210,13 +212,15 @@ def test_no_weight_is_read_and_no_code_run(tmp_path):
     config["auto_map"] = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    assert count(tmp_path, options={"rank": 4}, targets=TargetOptions("q_proj", "-1")).trainable == 4 * 32
+    assert (
+        count(tmp_path, Recipe(method_options={"rank": 4}, targets=TargetOptions("q_proj", "-1"))).trainable == 4 * 32
+    )
 
 
 FETCH = """
 from huggingface_hub import constants
 from deltaspec.errors import CheckpointError
-from deltaspec.workflows.skeletons import open_config
+from deltaspec.workflows.shared.meta_models import open_config
 for name in ("name", "name", "other", "offline"):
     constants.HF_HUB_OFFLINE = name == "offline"
     try:
@@ -267,9 +271,9 @@ REFUSED = {
         {"targets": TargetOptions("query")},
         OptionError,
     ),
-    "16 × 16: pass 16 or less": ({"options": {"rank": 17}, "targets": TargetOptions("o_proj")}, OptionError),
+    "16 × 16: pass 16 or less": ({"method_options": {"rank": 17}, "targets": TargetOptions("o_proj")}, OptionError),
     "--method is 'magic'": ({"method": "magic"}, OptionError),
-    "'bottleneck' does not belong to the method lora": ({"options": {"bottleneck": 3}}, OptionError),
+    "'bottleneck' does not belong to the method lora": ({"method_options": {"bottleneck": 3}}, OptionError),
     "do not belong to --method full": ({"method": "full", "targets": TargetOptions("mlp")}, OptionError),
 }
 
@@ -288,6 +292,7 @@ def test_what_cannot_be_counted_is_said_in_a_sentence(said, tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(config | change))
     arguments = {"ref": "model", **given}
     ref = tmp_path / arguments.pop("ref")
+    named = {name: arguments.pop(name) for name in ("task", "labels") if name in arguments}
     with pytest.raises(error, match=said) as caught:
-        count(ref, **arguments)
+        count(ref, Recipe(**arguments), **named)
     assert "\n" not in str(caught.value)

@@ -153,7 +153,7 @@ def test_a_head_that_is_there_goes_on_and_a_narrow_one_is_trained_wide(root, tmp
 
 
 def test_forgetting_is_measured_before_and_after(root, tmp_path):
-    report = run(root, tmp_path / "classes", forget=root / "other.csv", forget_options=CLASSES)
+    report = run(root, tmp_path / "classes", forget=root / "other.csv", forget_data=CLASSES)
     lost = report["results"]["forgotten"]
     assert lost["metric"] == "accuracy" and 0 <= lost["after"] <= 1 and lost["before"] > 1 / 3
     report = run(root, tmp_path / "text", "llama", forget=root / "text.txt")

@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from deltaspec.errors import CheckpointError, DeltaspecError
+from deltaspec.errors import CheckpointError, DeltaspecError, OptionError
 from deltaspec.files import tensor_reader
-from deltaspec.io import pickled, shards
-from deltaspec.options import DataOptions, TargetOptions
+from deltaspec.io import pickled
+from deltaspec.options import DataOptions, Recipe, TargetOptions
 from deltaspec.workflows.training import prepare_model
+from deltaspec.workflows.training.train import train
 from tests.workflows.training.train_case import TASKS, run, write_case, write_classes
 
 TIED = {"model": "tied", "run": {"save": "full"}}
@@ -33,7 +34,7 @@ def no_weights(monkeypatch):
 
     for room, name in (
         *((prepare_model, name) for name in ("load_model", "read_state")),
-        *((room, "load_tensor") for room in (shards, pickled)),
+        *((room, "load_tensor") for room in (tensor_reader, pickled)),
         *((safetensors.torch, name) for name in ("load", "load_file")),
         (torch, "load"),
     ):
@@ -126,3 +127,9 @@ def test_models_that_cannot_learn_the_task(root, tmp_path):
     with pytest.raises(CheckpointError, match="has the class 'new'"):
         run(root, tmp_path / "out", eval_data=data)
     assert math.isfinite(run(root, tmp_path / "out", eval_data=root / "data.csv")["results"]["learned"]["loss"])
+
+
+def test_a_recipe_without_data_is_for_counting_alone(root, tmp_path):
+    with pytest.raises(OptionError, match=r"nothing to train on: pass a Recipe with sources"):
+        train(root / "bert", tmp_path / "out", Recipe())
+    assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from deltaspec.options import DataOptions, LoopOptions, RunOptions
-from deltaspec.training.data.examples import read_split
+from deltaspec.options import DataOptions, DataSources, LoopOptions, Recipe, RunOptions
+from deltaspec.workflows.training.read_data import read_split
 from deltaspec.workflows.training.train import train
 from tests.tiny_models import WORDS, build, save, write_text
 
@@ -48,9 +48,11 @@ def run(root: Path, out: Path, model: str = "bert", **given: Any) -> dict[str, A
     """Train for six steps of two batches of four; LoopOptions and RunOptions by the names of their fields."""
     data, options = TASKS.get(model, TASKS["bert"])
     loop = {"lr": 1e-2, "steps": 6, "batch": 4, "accumulate": 2, **given.pop("loop", {})}
-    options, data = given.pop("data_options", options), given.pop("data", root / data)
+    sources = DataSources(given.pop("data", root / data), given.pop("eval_data", None), given.pop("forget", None))
+    calls = {name: given.pop(name) for name in ("overwrite", "progress") if name in given}
     running = RunOptions(**{"device": "cpu", **given.pop("run", {})})
-    return train(root / model, data, out, data_options=options, loop=LoopOptions(**loop), run=running, **given)
+    recipe = Recipe(sources, data=given.pop("data_options", options), loop=LoopOptions(**loop), run=running, **given)
+    return train(root / model, out, recipe, **calls)
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from deltaspec.training.sites.model_sites import base_parameters, identify_param
 from deltaspec.training.sites.site import Site
 
 
-class Trained:
+class TrainedInPlace:
     """Parameters of the base that are trained in place, and their originals.
 
     The originals are cloned when it is made, before gradients and moments take their memory, so that training's peak
@@ -87,7 +87,7 @@ class BaseAttachment(Attachment):
         super().__init__(model, name=name, method=method, options=options)
         self.found, known = identify_parameters(model), base_parameters(model)
         chosen = set(names)
-        self.base = Trained({n: p for n, p in known.items() if n in chosen and p.is_floating_point()})
+        self.base = TrainedInPlace({n: p for n, p in known.items() if n in chosen and p.is_floating_point()})
         by_id = {id(parameter): n for n, parameter in self.base.parameters.items()}
         sites = list_sites(model, split=True)
         weights = {site.path: by_id.get(id(module_at(model, site.path).weight)) for site in sites}

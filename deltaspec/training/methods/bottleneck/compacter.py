@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaspec.errors import OptionError
 from deltaspec.options.methods.bottleneck import CompacterOptions
-from deltaspec.training.methods.base_weights.own import Trained
+from deltaspec.training.methods.base_weights.own import TrainedInPlace
 from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, place
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import PREFIX, Attachment, Method, make_parameter
@@ -66,7 +66,7 @@ class CompacterUpdate(Update):
         generator: torch.Generator,
     ) -> None:
         super().__init__(site)
-        self.options, self.shared = options, shared
+        self.options, self.factors_A = options, shared
         like, n, d = base_matrix(base, site), options.factors, site.shape[0]
         r = d // options.reduction
         if not r or d % n or r % n:
@@ -87,8 +87,8 @@ class CompacterUpdate(Update):
     def forward(self, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
         """Return y + weight · the bottleneck of y."""
         del x, base
-        h = apply_kronecker(y.to(self.up_s.dtype), self.shared, self.down_s, self.down_t) + self.down_bias
-        added = apply_kronecker(ACTIVATIONS[self.options.activation](h), self.shared, self.up_s, self.up_t)
+        h = apply_kronecker(y.to(self.up_s.dtype), self.factors_A, self.down_s, self.down_t) + self.down_bias
+        added = apply_kronecker(ACTIVATIONS[self.options.activation](h), self.factors_A, self.up_s, self.up_t)
         return y + (weight * (added + self.up_bias)).to(y.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -96,16 +96,18 @@ class CompacterUpdate(Update):
         names = ("down_s", "down_t", "down_bias", "up_s", "up_t", "up_bias")
         return {f"compacter_{name}": getattr(self, name) for name in names}
 
+    def shared(self) -> dict[str, Tensor]:
+        """Return the A_i."""
+        return {SHARED: self.factors_A}
+
 
 class CompacterAttachment(Attachment):
     """Compacter's updates and the base's normalisations in training."""
 
-    def __init__(
-        self, model: nn.Module, updates: Sequence[Update], *, name: str, options: Any, shared: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(model, updates, name=name, method="compacter", options=options, shared=shared)
+    def __init__(self, model: nn.Module, updates: Sequence[Update], *, name: str, options: CompacterOptions) -> None:
+        super().__init__(model, updates, name=name, method="compacter", options=options)
         norms = find_norms(model) if options.norms else {}
-        self.norms = Trained(norms)
+        self.norms = TrainedInPlace(norms)
         self.hooks = _widen(model, norms)
 
     def enable(self, weight: float) -> None:
@@ -188,7 +190,7 @@ def attach(
     updates = [
         CompacterUpdate(site, module_at(model, site.path), options, shared=shared, generator=generator) for site in kept
     ]
-    return CompacterAttachment(model, updates, name=name, options=options, shared={SHARED: shared})
+    return CompacterAttachment(model, updates, name=name, options=options)
 
 
 METHOD = Method(

@@ -88,36 +88,41 @@ class BottleneckUpdate(Update):
 def attach_series(
     model: nn.Module, sites: Sequence[Site], options: SeriesOptions, *, name: str, seed: int
 ) -> Attachment:
-    """Put a bottleneck after every site of the placement."""
+    """Put a bottleneck after every site of the placement; arguments as of every method's attach.
+
+    Raises
+    ------
+    OptionError
+        If the placement leaves no site.
+    """
     kept = place(sites, options.placement, cross=options.cross)
-    return _attach(model, kept, options, name=name, method="series", seed=seed)
+    return Attachment(model, _updates(model, kept, options, seed), name=name, method="series", options=options)
 
 
 def attach_parallel(
     model: nn.Module, sites: Sequence[Site], options: ParallelOptions, *, name: str, seed: int
 ) -> Attachment:
-    """Put a bottleneck beside every site."""
-    return _attach(model, sites, options, name=name, method="parallel", seed=seed)
+    """Put a bottleneck beside every site; arguments as of every method's attach.
 
-
-def _attach(
-    model: nn.Module,
-    sites: Sequence[Site],
-    options: SeriesOptions | ParallelOptions,
-    *,
-    name: str,
-    method: str,
-    seed: int,
-) -> Attachment:
-    if method == "parallel" and (tables := [site for site in sites if site.kind == "embedding"]):
+    Raises
+    ------
+    OptionError
+        If a site is an embedding, whose inputs are no numbers.
+    """
+    if tables := [site for site in sites if site.kind == "embedding"]:
         message = (
             f"--method parallel takes a layer's inputs, but those of '{tables[0].name}' are token ids: leave it out of "
             "--targets."
         )
         raise OptionError(message)
+    return Attachment(model, _updates(model, sites, options, seed), name=name, method="parallel", options=options)
+
+
+def _updates(
+    model: nn.Module, sites: Sequence[Site], options: SeriesOptions | ParallelOptions, seed: int
+) -> list[Update]:
     generator = torch.Generator().manual_seed(seed)
-    updates = [BottleneckUpdate(site, module_at(model, site.path), options, generator) for site in sites]
-    return Attachment(model, updates, name=name, method=method, options=options)
+    return [BottleneckUpdate(site, module_at(model, site.path), options, generator) for site in sites]
 
 
 SERIES = Method(

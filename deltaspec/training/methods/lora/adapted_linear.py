@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+class Factors(NamedTuple):
+    """A low-rank update scaling · B·A: lora_A (r, d_in), lora_B (d_out, r), and α/r."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
 def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    stretch: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, *, stretch: Tensor | None = None
 ) -> Tensor:
     """Compute stretch ⊙ (x Wᵀ + scaling · x Aᵀ Bᵀ) + bias; neither B·A nor the gradient of W is formed.
 
@@ -26,11 +27,9 @@ def adapted_linear(
     ----------
     x : Tensor, (…, d_in)
     weight : Tensor, (d_out, d_in)
-        Gets no gradient.
+        W, which gets no gradient.
     bias : Tensor, (d_out,), optional
-    lora_A : Tensor, (r, d_in)
-    lora_B : Tensor, (d_out, r)
-    scaling : float
+    factors : Factors
     stretch : Tensor, (d_out,), optional
         1 without.
 
@@ -43,32 +42,51 @@ def adapted_linear(
     -----
     The product's outputs are added into those of the base, and its input gradient into the base's, so that no buffer
     of (tokens, d_out) or (tokens, d_in) is made twice. With a stretch, what it multiplies is kept for its gradient.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+    >>> factors = Factors(torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0], [0.0]]), 10.0)
+    >>> adapted_linear(x, weight, None, factors)
+    tensor([[31.,  2.]])
     """
-    constants = _Constants(weight, scaling)
+    lora_A, lora_B, scaling = factors
+    fixed = _Fixed(weight, scaling)
     if stretch is None:
-        result: Tensor = _AdaptedLinear.apply(x, bias, lora_A, lora_B, constants)  # type: ignore[no-untyped-call]
+        result: Tensor = _AdaptedLinear.apply(x, fixed, bias, lora_A, lora_B)  # type: ignore[no-untyped-call]
         return result
-    y = _AdaptedLinear.apply(x, None, lora_A, lora_B, constants)  # type: ignore[no-untyped-call]
+    y = _AdaptedLinear.apply(x, fixed, None, lora_A, lora_B)  # type: ignore[no-untyped-call]
     result = _Stretch.apply(y, stretch, bias)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Constants(NamedTuple):
+class _Fixed(NamedTuple):
     """What gets no gradient: W (d_out, d_in), and α/r."""
 
     weight: Tensor
     scaling: float
 
 
+class _Context(Protocol):
+    """What autograd keeps from forward to backward."""
+
+    scaling: float
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keep tensors."""
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """x Wᵀ + scaling · x Aᵀ Bᵀ + bias."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, constants: _Constants
-    ) -> Tensor:
-        """Keep x and h = x Aᵀ."""
-        weight, ctx.scaling = constants
+    def forward(ctx: _Context, x: Tensor, fixed: _Fixed, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        """Keep x and h = x Aᵀ; the factors are A and B."""
+        weight, ctx.scaling = fixed
+        lora_A, lora_B = factors
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ lora_A.T
         y = F.linear(rows, weight, bias).addmm_(h, lora_B.T, alpha=ctx.scaling)
@@ -77,30 +95,30 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, the bias, A and B."""
         x, h, weight, lora_A, lora_B = ctx.saved_tensors
-        of_x, of_bias, of_A, of_B, _ = ctx.needs_input_grad
+        of_x, _, of_bias, of_A, of_B = ctx.needs_input_grad
         rows, g = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
         g_h = (g @ lora_B).mul_(ctx.scaling) if of_x or of_A else None
-        g_x = (g @ weight).addmm_(g_h, lora_A).view(x.shape) if of_x else None
+        g_x = (g @ weight).addmm_(g_h, lora_A).view(x.shape) if of_x and g_h is not None else None
         g_A = g_h.T @ rows if of_A and g_h is not None else None
         g_B = (h.T @ g).mul_(ctx.scaling).T if of_B else None  # (g.T @ h) takes 1.8 times as long on CPUs
-        return g_x, g.sum(0) if of_bias else None, g_A, g_B, None
+        return g_x, None, g.sum(0) if of_bias else None, g_A, g_B
 
 
 class _Stretch(torch.autograd.Function):
     """stretch ⊙ y + bias, each along the last axis."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, stretch: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, y: Tensor, stretch: Tensor, bias: Tensor | None) -> Tensor:
         """Keep y."""
         ctx.save_for_backward(y, stretch)
         return y * stretch if bias is None else torch.addcmul(bias, y, stretch)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of y, the stretch and the bias."""
         y, stretch = ctx.saved_tensors
         of_y, of_stretch, of_bias = ctx.needs_input_grad

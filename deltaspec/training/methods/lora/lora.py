@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deltaspec.errors import OptionError
 from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.methods.lora.peft_config import from_peft, to_peft
-from deltaspec.training.methods.lora.update import BiasUpdate, LoraUpdate
+from deltaspec.training.methods.lora.update import BiasUpdate, EmbeddingLora, LinearLora, LoraUpdate
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import PREFIX, Attachment, Group, Method, check_ranks, fill
 from deltaspec.training.sites.model_sites import HEADS, kind_of, list_modules, list_sites, module_at
@@ -52,11 +52,7 @@ class LoraAttachment(Attachment):
         """Return PEFT's tensors of an adapter of the base as it is; those of PiSSA have twice its rank."""
         found: dict[str, Tensor] = {}
         for name, update in self.updates.items():
-            own = (
-                update.released(pissa=self.options.init == "pissa")
-                if isinstance(update, LoraUpdate)
-                else update.tensors()
-            )
+            own = update.released() if isinstance(update, LoraUpdate) else update.tensors()
             found |= {f"{PREFIX}{name}.{suffix}": tensor for suffix, tensor in own.items()}
         return found
 
@@ -90,7 +86,10 @@ def attach(model: nn.Module, sites: Sequence[Site], options: LoraOptions, *, nam
             message = f"--lora-bias is set, but '{site.name}' is an embedding: leave it out of --targets."
             raise OptionError(message)
     generator = torch.Generator().manual_seed(seed)
-    updates: list[Update] = [LoraUpdate(site, module_at(model, site.path), options, generator) for site in sites]
+    updates: list[Update] = []
+    for site in sites:
+        kind = EmbeddingLora if site.kind == "embedding" else LinearLora
+        updates.append(kind(site, module_at(model, site.path), options, generator))
     if options.bias != "none":
         whole = {site.path for site in sites if site.whole}
         paths = {site.path for site in sites} if options.bias == "lora_only" else None

@@ -22,6 +22,7 @@ class TiedUpdate(ScaledUpdate):
     """The vectors of one site, under names of their own."""
 
     names = VECTORS
+    shared_names = SHARED
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: TiedOptions, *, name: str, seed: int) -> Attachment:
@@ -39,8 +40,7 @@ def attach(model: nn.Module, sites: Sequence[Site], options: TiedOptions, *, nam
         for shape in ((options.rank, width), (width, options.rank))
     )
     updates = [TiedUpdate(site, (first, second), options) for site in sites]
-    shared = dict(zip(SHARED, (first, second), strict=True))
-    return Attachment(model, updates, name=name, method="tied", options=options, shared=shared)
+    return Attachment(model, updates, name=name, method="tied", options=options)
 
 
 def bound(factor: torch.Tensor) -> float:

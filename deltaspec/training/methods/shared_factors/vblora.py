@@ -58,6 +58,10 @@ class VbLoraUpdate(Update):
         """Return both logits under PEFT's names."""
         return {"vblora_logits_A": self.logits_A, "vblora_logits_B": self.logits_B}
 
+    def shared(self) -> dict[str, Tensor]:
+        """Return the bank."""
+        return {BANK: self.bank}
+
 
 class VbLoraAttachment(Attachment):
     """VB-LoRA, which can be released as the few weights and indices that count."""
@@ -148,7 +152,7 @@ def attach(model: nn.Module, sites: Sequence[Site], options: VbLoraOptions, *, n
     shape = (options.vectors, options.vector_length)
     bank = make_parameter(shape, like, lambda t: t.uniform_(-0.02, 0.02, generator=generator))
     updates = [VbLoraUpdate(site, bank, options, generator) for site in sites]
-    return VbLoraAttachment(model, updates, name=name, method="vblora", options=options, shared={BANK: bank})
+    return VbLoraAttachment(model, updates, name=name, method="vblora", options=options)
 
 
 def to_peft(options: VbLoraOptions) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,22 @@ def draw_projections(rank: int, sides: tuple[int, int], *, seed: int) -> tuple[T
     return first, second
 
 
+class ScaledOptions(Protocol):
+    """What the updates need of a method's options."""
+
+    @property
+    def rank(self) -> int:
+        """Of the projections."""
+
+    @property
+    def d_initial(self) -> float:
+        """Every λ_d at the start."""
+
+    @property
+    def dropout(self) -> float:
+        """Share of the inputs left out in training."""
+
+
 class ScaledUpdate(Update):
     """λ_b (d_out,) and λ_d (r,) of one site, between projections A (r, a) and B (b, r) that all sites share.
 
@@ -50,8 +66,9 @@ class ScaledUpdate(Update):
     """
 
     names = VECTORS
+    shared_names = SHARED
 
-    def __init__(self, site: Site, shared: tuple[nn.Parameter, nn.Parameter], options: Any) -> None:
+    def __init__(self, site: Site, shared: tuple[nn.Parameter, nn.Parameter], options: ScaledOptions) -> None:
         super().__init__(site)
         self.A, self.B = shared
         self.dropout = options.dropout
@@ -80,6 +97,10 @@ class ScaledUpdate(Update):
     def tensors(self) -> dict[str, Tensor]:
         """Return both vectors."""
         return dict(zip(self.names, (self.lambda_b, self.lambda_d), strict=True))
+
+    def shared(self) -> dict[str, Tensor]:
+        """Return both projections."""
+        return dict(zip(self.shared_names, (self.A, self.B), strict=True))
 
 
 class VeraAttachment(Attachment):
@@ -112,8 +133,7 @@ def attach(model: nn.Module, sites: Sequence[Site], options: VeraOptions, *, nam
         drawn = draw_projections(options.rank, sides, seed=options.projection_prng_key)
     first, second = (nn.Parameter(tensor.to(like.device), requires_grad=False) for tensor in drawn)
     updates = [ScaledUpdate(site, (first, second), options) for site in sites]
-    shared = dict(zip(SHARED, (first, second), strict=True))
-    return VeraAttachment(model, updates, name=name, method="vera", options=options, shared=shared)
+    return VeraAttachment(model, updates, name=name, method="vera", options=options)
 
 
 def to_peft(options: VeraOptions) -> dict[str, Any]:
