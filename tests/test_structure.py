@@ -15,7 +15,7 @@ import deltaspec
 from deltaspec import options
 from deltaspec.architecture.roles import ROLES
 from deltaspec.extraction.ranks import POLICIES
-from deltaspec.linalg.svd import ROUTES
+from deltaspec.linalg.routes import ROUTES
 from deltaspec.options.methods import METHOD_OPTIONS
 from deltaspec.plots.style import ROLE_STYLE
 

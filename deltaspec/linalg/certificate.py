@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from deltaspec.linalg.krylov import promised_energy
+from deltaspec.linalg.routes import EXACT
 from deltaspec.linalg.signs import fix_signs
-from deltaspec.linalg.svd import EPS, EXACT, Blocks
+from deltaspec.linalg.svd import EPS, Blocks
 from deltaspec.types import Spectrum, Truncation
 
 CEILING = 1e-4  # no excess above this is returned

@@ -14,7 +14,8 @@ from deltaspec.errors import NumericalError
 from deltaspec.linalg.certificate import Streamed, certify
 from deltaspec.linalg.krylov import top_subspace
 from deltaspec.linalg.lowrank import svd_of_product
-from deltaspec.linalg.svd import EPS, Blocks, choose_route, exact_spectrum, gram_spectrum
+from deltaspec.linalg.routes import choose_route
+from deltaspec.linalg.svd import EPS, Blocks, exact_spectrum, gram_spectrum
 from deltaspec.types import Spectrum, Truncation
 
 Rank = int | Callable[[Tensor], int]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltaspec.plots.style import order_roles
-from deltaspec.spectra.metrics import counts_rounding
+from deltaspec.spectra.resolution import counts_rounding
 from deltaspec.types import MatrixRecord
 
 Columns = dict[str, list[Any]]

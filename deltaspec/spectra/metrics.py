@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from deltaspec.spectra.noise import Vector, edge_of_rounding, noise_edge, noise_sigma
+from deltaspec.spectra.evidence import Evidence, Value
 from deltaspec.spectra.nulls import null_effective_rank, null_rank
-from deltaspec.types import Rounding, Spectrum
-
-Value = float | int | bool | None
-ROUNDING_SHARE = 0.1  # rank_90 leaves out 10 % of the energy: more rounding than that, and it counts rounding
-
-
-class Evidence:
-    """All that metrics are computed from: a spectrum, the base's norm and the rounding of the stored delta.
-
-    Parameters
-    ----------
-    spectrum : Spectrum
-    base_norm : float or None
-        ‖W_base‖_F; None for base and tuned spectra.
-    rounding : Rounding or None
-        None where no storage rounding enters the matrix: base and tuned spectra.
-    unrounded : bool
-        The delta comes from an adapter's own parameters, so no rounding of stored weights is in it.
-    """
-
-    def __init__(
-        self,
-        spectrum: Spectrum,
-        *,
-        base_norm: float | None = None,
-        rounding: Rounding | None = None,
-        unrounded: bool = False,
-    ) -> None:
-        self.values: Vector = spectrum.singular_values.numpy()
-        self.shape = spectrum.shape
-        self.error_bound = spectrum.error_bound
-        self.energy = spectrum.energy
-        self.norm = float(np.sqrt(spectrum.energy))
-        top = float(self.values[0]) if self.values.size else 0.0
-        self.zero = top == 0.0  # every rank is 0, and there is nothing to resolve
-        # Relative to σ₁², so that no power of a tiny value underflows.
-        self.squares: Vector = (self.values / top) ** 2 if top else np.zeros_like(self.values)
-        self.sum_squares = float(self.squares.sum())
-        self.base_norm, self.rounding, self.unrounded = base_norm, rounding, unrounded
-        self.noise = noise_sigma(self.values, *self.shape)
-
-    def above(self, edge: float) -> int:
-        """Count the singular values above ``edge``."""
-        return int((self.values > edge).sum())
+from deltaspec.spectra.ranks import energy_rank, entropy_rank
+from deltaspec.spectra.resolution import (
+    energy_above_rounding,
+    numerical_rank,
+    rank_above_noise,
+    rank_above_rounding,
+    resolved,
+    rounding_edge,
+    update_to_ulp,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,144 +27,6 @@ class Metric:
     unit: str
     formula: str
     reference: str
-
-
-def energy_rank(squares: Vector, share: float) -> int:
-    """Return the least k whose largest k squared singular values hold ``share`` of their sum; 0 for a zero matrix.
-
-    Parameters
-    ----------
-    squares : array, (k,), float64
-        σ², descending; only their ratios matter.
-    share : float, 0 < share ≤ 1
-
-    References
-    ----------
-    Biderman et al., LoRA learns less and forgets less, arXiv:2405.09673, section 5 (share 0.9).
-
-    Examples
-    --------
-    >>> energy_rank(np.array([8.0, 1.0, 0.5, 0.5]), 0.9)
-    2
-    """
-    total = squares.cumsum()
-    if total.size == 0 or total[-1] == 0.0:
-        return 0
-    return int(np.searchsorted(total, share * total[-1] * (1 - 1e-15))) + 1
-
-
-def entropy_rank(weights: Vector) -> float:
-    """Return exp of the Shannon entropy of weights normalised to sum 1, in directions; 0 for a zero matrix.
-
-    Parameters
-    ----------
-    weights : array, (k,), float64, not negative
-        σ for the effective rank of Roy & Vetterli, σ² for that of the energy.
-
-    References
-    ----------
-    Roy & Vetterli, The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
-
-    Examples
-    --------
-    >>> round(entropy_rank(np.array([3.0, 3.0, 3.0, 0.0])), 9)
-    3.0
-    """
-    total = float(weights.sum())
-    if total == 0.0:
-        return 0.0
-    p = weights / total
-    p = p[p > 0]
-    return float(np.exp(-(p * np.log(p)).sum()))
-
-
-def numerical_rank(e: Evidence) -> int:
-    """Count σ > max(d_out, d_in)·eps·σ₁, and never one below the error bound.
-
-    eps is 2⁻²³, or 2⁻⁵² where a file holds float64: finer digits than the stored precision has would count rounding.
-
-    References
-    ----------
-    NumPy's ``linalg.matrix_rank`` (Press et al., Numerical recipes, 3rd ed., section 2.6), with eps of the storage.
-    """
-    if e.zero:
-        return 0
-    eps = e.rounding.eps if e.rounding else 2.0**-23
-    return e.above(max(max(e.shape) * eps * float(e.values[0]), e.error_bound))
-
-
-def update_to_ulp(e: Evidence) -> float | None:
-    """Return rms(ΔW) over rms(ulp), both over the rows or columns that changed at all; None without rounding.
-
-    Below 1 most single changes are smaller than the spacing of the stored numbers, and rounding shapes what is left.
-    """
-    if e.rounding is None or e.rounding.ulp_energy == 0.0:
-        return None
-    return float(np.sqrt(e.energy / e.rounding.ulp_energy))
-
-
-def rounding_edge(e: Evidence) -> float | None:
-    """Return the largest σ that storage rounding alone explains, in units of the weights; 0 for an adapter.
-
-    None for spectra of a base or tuned matrix itself. The formula is that of ``edge_of_rounding``.
-    """
-    if e.unrounded:
-        return 0.0
-    return edge_of_rounding(e.rounding) if e.rounding else None
-
-
-def rank_above_rounding(e: Evidence) -> int | None:
-    """Count the singular values above the rounding edge, and above the error bound; None where there is no edge.
-
-    It is the rank of a merged LoRA, where energy ranks count its rounding; see ``spectra.noise.edge_of_rounding``.
-    """
-    edge = rounding_edge(e)
-    return None if edge is None else e.above(max(edge, e.error_bound))
-
-
-def energy_above_rounding(e: Evidence) -> float | None:
-    """Return the share of Σσ², 0 to 1, in the singular values above the rounding edge; None of a zero matrix."""
-    count = rank_above_rounding(e)
-    if count is None or e.zero:
-        return None
-    return float(e.squares[:count].sum() / e.sum_squares)
-
-
-def resolved(e: Evidence) -> bool | None:
-    """Tell whether training and not rounding decides rank_90: some σ above the edge, under 10 % of energy predicted.
-
-    The predicted rounding energy is Σ ulp²/12; None where there is no delta to resolve.
-    """
-    count = rank_above_rounding(e)
-    if count is None or e.zero:
-        return None
-    predicted = e.rounding.ulp_energy / 12 if e.rounding else 0.0
-    return count > 0 and predicted < ROUNDING_SHARE * e.energy
-
-
-def counts_rounding(metrics: Mapping[str, Value], rank: str) -> bool:
-    """Tell whether a rank counts directions that storage rounding explains.
-
-    Parameters
-    ----------
-    metrics : mapping
-        A record's metrics.
-    rank : str
-        Name of a rank among them: it does where it exceeds ``rank_above_rounding``, or ``resolved`` is False. The
-        effective rank weighs σ and not σ², so it does long before energy ranks do.
-    """
-    value, above = metrics.get(rank), metrics.get("rank_above_rounding")
-    return metrics.get("resolved") is False or (value is not None and above is not None and value > above)
-
-
-def rank_above_noise(e: Evidence) -> int:
-    """Count the singular values above the edge of dense noise of the estimated size (99 % quantile of its σ₁).
-
-    References
-    ----------
-    Gavish & Donoho 2014 (σ from the median); Johnstone, On the distribution of the largest eigenvalue, 2001 (edge).
-    """
-    return e.above(max(noise_edge(e.noise, *e.shape), e.error_bound))
 
 
 def _ratio(value: float, null: float) -> float:

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from deltaspec.errors import NumericalError
 from deltaspec.linalg import gram as gram_room
-from deltaspec.linalg import svd
+from deltaspec.linalg import routes, svd
 from deltaspec.linalg.gram import accumulate_gram, gram_energy
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.openblas import find_openblas
-from deltaspec.linalg.svd import ROUTES, choose_route, decompose
+from deltaspec.linalg.routes import ROUTES, choose_route
+from deltaspec.linalg.svd import decompose
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 1), (1, 9), (9, 1), (40, 40), (130, 70), (70, 130), (257, 256)]
@@ -179,7 +180,7 @@ def test_every_device_and_need_has_a_route_with_evidence():
 
 
 def test_without_openblas_large_matrices_go_to_torch(monkeypatch):
-    monkeypatch.setattr(svd, "find_openblas", lambda: None)
+    monkeypatch.setattr(routes, "find_openblas", lambda: None)
     assert choose_route(CPU, "values", 4096) == "gram64+torch"
 
 

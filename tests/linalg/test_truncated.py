@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaspec.errors import NumericalError
-from deltaspec.linalg import svd, truncated
+from deltaspec.linalg import routes, truncated
 from deltaspec.linalg.openblas import find_openblas
 from deltaspec.linalg.truncated import truncate, truncate_product
 from tests.linalg.test_svd import in_blocks, with_spectrum
@@ -126,7 +126,7 @@ def test_each_route_is_taken_where_it_should_be(route):
 
 @pytest.mark.parametrize("rank", [1, 4, 90])
 def test_without_openblas_torch_serves(rank, monkeypatch):
-    monkeypatch.setattr(svd, "find_openblas", lambda: None)
+    monkeypatch.setattr(routes, "find_openblas", lambda: None)
     matrix = with_spectrum((100, 90), SPECTRA["power law"](90))
     found = truncate(in_blocks(matrix), (100, 90), device=CPU, rank=rank)
     assert found.method == "gram64+eigh"

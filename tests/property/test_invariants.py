@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 import deltaspec
 from deltaspec.linalg.svd import decompose
-from deltaspec.spectra.metrics import Evidence, measure
+from deltaspec.spectra.evidence import Evidence
+from deltaspec.spectra.metrics import measure
 from deltaspec.types import Spectrum
 
 CPU = torch.device("cpu")

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from deltaspec.spectra.metrics import METRICS, Evidence, counts_rounding, measure
+from deltaspec.spectra.evidence import Evidence
+from deltaspec.spectra.metrics import METRICS, measure
+from deltaspec.spectra.resolution import counts_rounding
 from deltaspec.types import Rounding, Spectrum
 
 

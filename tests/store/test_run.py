@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from deltaspec.errors import RunError
-from deltaspec.spectra.metrics import METRICS, Evidence, measure
+from deltaspec.spectra.evidence import Evidence
+from deltaspec.spectra.metrics import METRICS, measure
 from deltaspec.store.record import LONGEST_NAME, file_stem
 from deltaspec.store.run import Run
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum

@@ -15,7 +15,7 @@ from deltaspec.errors import NumericalError, PairingError
 from deltaspec.files.dtypes import name_of
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
-from deltaspec.spectra.metrics import Evidence
+from deltaspec.spectra.evidence import Evidence
 from deltaspec.training.methods.base_weights.own import BaseAttachment
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_matrix, list_sites, module_at

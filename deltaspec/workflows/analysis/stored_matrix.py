@@ -17,7 +17,8 @@ from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
 from deltaspec.options import AnalyzeOptions
-from deltaspec.spectra.metrics import Evidence, measure
+from deltaspec.spectra.evidence import Evidence
+from deltaspec.spectra.metrics import measure
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixRecord, MatrixSource, Spectrum, WeightPair
 from deltaspec.workflows.shared.fill_run import work_of
 from deltaspec.workflows.shared.non_finite import locate

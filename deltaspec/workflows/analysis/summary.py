@@ -9,7 +9,7 @@ from typing import Any
 
 from deltaspec.architecture.roles import ROLES
 from deltaspec.pairing.names import natural_order
-from deltaspec.spectra.metrics import counts_rounding
+from deltaspec.spectra.resolution import counts_rounding
 from deltaspec.store.run import Run
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import MatrixRecord
