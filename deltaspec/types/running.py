@@ -29,6 +29,13 @@ class Tokenizer(Protocol):
         """Write its files."""
 
 
+class ModelConfig(Protocol):
+    """Of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what its config.json holds."""
+
+
 class Scaler(Protocol):
     """The loss scaler of a training in float16."""
 

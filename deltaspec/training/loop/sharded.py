@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,9 +35,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 def gather(tensor: Tensor) -> Tensor:
     """Return a whole tensor, without gradient; all processes must call this."""
-    found: Any = tensor.detach()
-    whole: Tensor = found.full_tensor() if hasattr(found, "full_tensor") else found
-    return whole
+    found = tensor.detach()
+    whole: Callable[[], Tensor] | None = getattr(found, "full_tensor", None)
+    return whole() if whole else found
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -122,6 +122,17 @@ class Adapted(nn.Module):
         return self.base(x) if y is None else y
 
 
+def wrap(model: nn.Module, path: str) -> Adapted:
+    """Put a module into an Adapted, or return the one that is there."""
+    module = model.get_submodule(path)
+    if isinstance(module, Adapted):
+        return module
+    wrapper = Adapted(module)
+    wrapper.training = wrapper.updates.training = module.training
+    model.set_submodule(path, wrapper)
+    return wrapper
+
+
 def _apply(update: Update, x: Tensor, y: Tensor, *, base: nn.Module, weight: float) -> Tensor:
     """Let an update change its rows of a module's outputs."""
     site = update.site
@@ -166,7 +177,14 @@ def apply_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def put_outputs(y: Tensor, part: Tensor, view: View) -> Tensor:
-    """Return a fused module's outputs (…, d_out) with one part's (…, d_part) replaced; not in place."""
+    """Return a fused module's outputs (…, d_out) with one part's (…, d_part) replaced; not in place.
+
+    Examples
+    --------
+    >>> import torch
+    >>> put_outputs(torch.zeros(4), torch.ones(2), View((2, 4), start=2, stop=4))
+    tensor([0., 0., 1., 1.])
+    """
     height, start, stop = view.split(y.shape[-1])
     grouped = y.reshape(*y.shape[:-1], view.groups, height)
     inside = part.reshape(*part.shape[:-1], view.groups, stop - start)

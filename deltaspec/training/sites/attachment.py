@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltaspec.errors import CheckpointError, OptionError
-from deltaspec.training.sites.adapted import Adapted, Update, check_free
+from deltaspec.errors import CheckpointError
+from deltaspec.training.sites.adapted import Adapted, Update, check_free, wrap
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta
+from deltaspec.types.methods import MethodOptions, PeftConfig
 
 PREFIX = "base_model.model."  # what PEFT puts before every path
 
@@ -57,9 +58,10 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, updates: Sequence[Update] = (), *, name: str, method: str, options: Any
+        self, model: nn.Module, updates: Sequence[Update] = (), *, name: str, method: str, options: MethodOptions
     ) -> None:
-        self.model, self.name, self.method, self.options = model, name, method, options
+        self.model, self.name, self.method = model, name, method
+        self.options: MethodOptions = options
         self.updates = {update.site.name: update for update in updates}
         self.shared = {name: tensor for update in updates for name, tensor in update.shared().items()}
         check_free(model, name)
@@ -152,17 +154,6 @@ class Attachment:
         return self.updates[site.name].delta(module_at(self.model, site.path))
 
 
-def wrap(model: nn.Module, path: str) -> Adapted:
-    """Put a module into an Adapted, or return the one that is there."""
-    module = model.get_submodule(path)
-    if isinstance(module, Adapted):
-        return module
-    wrapper = Adapted(module)
-    wrapper.training = wrapper.updates.training = module.training
-    model.set_submodule(path, wrapper)
-    return wrapper
-
-
 def freeze(model: nn.Module) -> None:
     """Stop gradients of all of the base's own parameters."""
     for parameter in base_parameters(model).values():
@@ -192,32 +183,32 @@ def fill(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def check_ranks(sites: Iterable[Site], rank: int) -> None:
-    """Refuse a rank that exceeds a site's smaller side.
-
-    Raises
-    ------
-    OptionError
-        Naming the first such site.
-    """
-    for site in sites:
-        if rank > min(site.shape):
-            message = (
-                f"--rank is {rank}, but '{site.name}' is {site.shape[0]} × {site.shape[1]}: "
-                f"pass {min(site.shape)} or less, or leave it out of --targets."
-            )
-            raise OptionError(message)
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
     """One line of METHODS.
 
-    ``attach(model, sites, options, *, name, seed)`` returns an Attachment; parameters are made in float32 on the
-    device of their module (on meta no values are). ``space`` is "weight", "activation" or "base" (the base's own
-    parameters are trained). ``sites`` are its default targets, "" where it takes none. ``identity`` is whether the
-    model's outputs are unchanged at the start. ``peft`` is PEFT's name of the method, "" where PEFT has none;
-    ``to_peft(options)`` gives the fields of its config, ``from_peft(config, shapes)`` the options of a stored adapter.
+    Attributes
+    ----------
+    title, reference : str
+        Its name in words, and its paper.
+    options : type
+        The dataclass of its options.
+    attach : callable
+        ``attach(model, sites, options, *, name, seed)`` puts the method on a model of transformers, at sites that
+        ``choose_sites`` gave (none for a method that takes none), and returns an Attachment. Parameters are made in
+        float32 on the device of their module, drawn by ``seed`` (on meta no values are); ``name`` is the adapter's on
+        this model. It raises OptionError where options do not fit the model, and then leaves the model as it was.
+    space : str
+        "weight", "activation" or "base" (the base's own parameters are trained).
+    sites : str
+        Its default targets, "" where it takes none.
+    identity : bool
+        Whether the model's outputs are unchanged at the start.
+    peft : str
+        PEFT's name of the method, "" where PEFT has none.
+    to_peft, from_peft : callable, optional
+        ``to_peft(options)`` gives the fields of PEFT's config, ``from_peft(config, shapes)`` the options of a stored
+        adapter.
     """
 
     title: str
@@ -228,8 +219,8 @@ class Method:
     sites: str = "all"
     identity: bool = True
     peft: str = ""
-    to_peft: Callable[[Any], dict[str, Any]] | None = None
-    from_peft: Callable[[dict[str, Any], Mapping[str, tuple[int, ...]]], Any] | None = None
+    to_peft: Callable[[Any], PeftConfig] | None = None
+    from_peft: Callable[[PeftConfig, Mapping[str, tuple[int, ...]]], MethodOptions] | None = None
 
 
 def make_parameter(

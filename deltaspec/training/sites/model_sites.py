@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from deltaspec.errors import OptionError
 from deltaspec.training.sites.adapted import Adapted
 from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey, Shape, View
+from deltaspec.types.running import ModelConfig
 
 WRAPPED = re.compile(r"\.base(?=\.)")
 HEADS = ("classifier", "lm_head")  # roles
@@ -34,28 +34,44 @@ def list_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the base model's own parameters by their names without adapters; tied ones once."""
-    parameters = {}
+    parameters = dict(model.named_parameters())
+    return {WRAPPED.sub("", name): parameters[name] for name in _own_names(model, parameters)}
+
+
+def base_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the base model's own buffers that its checkpoints hold, by their names without adapters."""
+    known, buffers = model.state_dict().keys(), dict(model.named_buffers())
+    return {WRAPPED.sub("", name): buffers[name] for name in _own_names(model, buffers) if name in known}
+
+
+def _own_names(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Yield the names, among those of parameters or buffers, that are the base model's own."""
     adapted = {name for name, module in model.named_modules() if isinstance(module, Adapted)}
-    for name, parameter in model.named_parameters():
+    for name in names:
         owner = name
         while "." in owner:  # inside an Adapted, only what hangs below .base is the model's own
             owner = owner.rpartition(".")[0]
             if owner in adapted and not name.startswith(f"{owner}.base."):
                 break
         else:
-            parameters[WRAPPED.sub("", name)] = parameter
-    return parameters
+            yield name
 
 
 def identify_parameters(model: nn.Module) -> Identification:
     """Say what every parameter of a running model is; tied ones once, adapters left out."""
-    config: Any = getattr(model, "config", None)
+    config: ModelConfig | None = getattr(model, "config", None)
     shapes = {name: tuple(parameter.shape) for name, parameter in base_parameters(model).items()}
     return identify(shapes, config.to_dict() if config else {})
 
 
 def kind_of(module: nn.Module) -> str:
-    """Say what kind of site a module is: linear, conv1d, embedding, or none ("")."""
+    """Say what kind of site a module is: linear, conv1d (GPT-2's), embedding, or none ("").
+
+    Examples
+    --------
+    >>> kind_of(nn.Linear(2, 3)), kind_of(nn.LayerNorm(2))
+    ('linear', '')
+    """
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Embedding):
@@ -73,7 +89,7 @@ def list_sites(model: nn.Module, *, split: bool) -> list[Site]:
     split : bool
         Parts of fused matrices one by one, instead of whole.
     """
-    config: Any = getattr(model, "config", None)
+    config: ModelConfig | None = getattr(model, "config", None)
     modules = {path: module for path, module in list_modules(model) if kind_of(module)}
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in base_parameters(model).items()}
     shapes |= {f"{path}.weight": tuple(_weight(module).shape) for path, module in modules.items()}  # tied ones too
@@ -126,5 +142,22 @@ def refuse_embeddings(sites: Sequence[Site], method: str) -> None:
             message = (
                 f"--method {method} changes linear layers only, and '{site.name}' is an embedding: leave it out of "
                 "--targets, or take --method lora."
+            )
+            raise OptionError(message)
+
+
+def check_ranks(sites: Iterable[Site], rank: int) -> None:
+    """Refuse a rank that exceeds a site's smaller side.
+
+    Raises
+    ------
+    OptionError
+        Naming the first such site.
+    """
+    for site in sites:
+        if rank > min(site.shape):
+            message = (
+                f"--rank is {rank}, but '{site.name}' is {site.shape[0]} × {site.shape[1]}: "
+                f"pass {min(site.shape)} or less, or leave it out of --targets."
             )
             raise OptionError(message)

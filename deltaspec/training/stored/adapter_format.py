@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,11 +17,12 @@ from deltaspec.training.sites.model_sites import list_modules, list_sites
 from deltaspec.training.sites.site import Site
 from deltaspec.training.stored.fused_parts import join_parts, state_ranks
 from deltaspec.training.stored.whole_tensors import ROOT, put_whole, refuse_biases
+from deltaspec.types.methods import MethodOptions, PeftConfig
 
 OWN = "DELTASPEC_"  # begins the peft_type of what PEFT cannot hold
 
 
-def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, heads: Sequence[str]) -> dict[str, Any]:
+def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, heads: Sequence[str]) -> PeftConfig:
     """Return the content of ``adapter_config.json``; PEFT's where it can hold the adapter.
 
     Parameters
@@ -43,7 +43,7 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
         its options.
     """
     method, whole = METHODS[attachment.method], _outermost(attachment.model, heads)
-    config: dict[str, Any] = {
+    config: PeftConfig = {
         "peft_type": _type_of(attachment),
         "peft_version": VERSION,
         "task_type": task_type,
@@ -53,7 +53,11 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
         "modules_to_save": whole or None,
     }
     if config["peft_type"].startswith(OWN) or method.to_peft is None:
-        return {**config, "method": attachment.method, **_plain(asdict(attachment.options))}
+        return {
+            **config,
+            "method": attachment.method,
+            **{key: _plain(value) for key, value in asdict(attachment.options).items()},
+        }
     if method.sites:
         paths = list(dict.fromkeys(site.path for site in attachment.sites))
         alike = _named_alike(paths, [path for path, _ in list_modules(attachment.model)])
@@ -81,7 +85,7 @@ def head_tensors(attachment: Attachment, heads: Mapping[str, Tensor]) -> dict[st
 
 
 def attach_stored(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, name: str = "default"
+    model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], *, name: str = "default"
 ) -> Attachment:
     """Attach a stored adapter of any method, and put whole tensors stored beside it into the model's own modules.
 
@@ -136,7 +140,7 @@ def _all_whole(attachment: Attachment) -> bool:
     return all(site.whole for site in attachment.sites)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return options as JSON gives them back: lists instead of tuples."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
@@ -163,7 +167,7 @@ def _named_alike(paths: Sequence[str], modules: Iterable[str]) -> list[str]:
     return [m for m in modules if m not in chosen and any(m.endswith(f".{path}") for path in paths)]
 
 
-def name_method(config: Mapping[str, Any]) -> str | None:
+def name_method(config: PeftConfig) -> str | None:
     """Name the method of a stored adapter by its config; None where none of ours reads it."""
     kind, own = config.get("peft_type"), config.get("method")
     if isinstance(kind, str) and kind.startswith(OWN) and isinstance(own, str) and own in METHODS:
@@ -171,7 +175,7 @@ def name_method(config: Mapping[str, Any]) -> str | None:
     return next((name for name, method in METHODS.items() if method.peft and method.peft == kind), None)
 
 
-def _find_method(config: Mapping[str, Any]) -> tuple[str, Method]:
+def _find_method(config: PeftConfig) -> tuple[str, Method]:
     kind, name = config.get("peft_type"), name_method(config)
     if name is None:
         known = ", ".join(sorted({method.peft for method in METHODS.values() if method.peft}))
@@ -180,11 +184,11 @@ def _find_method(config: Mapping[str, Any]) -> tuple[str, Method]:
     return str(kind), METHODS[name]
 
 
-def _read_options(method: Method, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Any:
+def _read_options(method: Method, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> MethodOptions:
     """Make a method's options from a stored config; whatever is wrong with it is one CheckpointError."""
     try:
         if not str(config["peft_type"]).startswith(OWN) and method.from_peft:
-            options = method.from_peft(dict(config), shapes)
+            options = method.from_peft(config, shapes)
         else:
             values = {field.name: config[field.name] for field in fields(method.options)}
             options = method.options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

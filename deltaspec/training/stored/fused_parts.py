@@ -6,15 +6,16 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.methods.lora.peft_config import FACTOR, whole_number
 from deltaspec.training.sites.attachment import PREFIX, Attachment
 from deltaspec.training.sites.model_sites import module_at
 from deltaspec.training.sites.site import Site
+from deltaspec.types.methods import PeftConfig
 
 SIDES = ("lora_A.weight", "lora_B.weight")
 
@@ -44,7 +45,7 @@ def join_parts(attachment: Attachment, released: Mapping[str, Tensor]) -> dict[s
     for path, parts in modules.items():
         suffixes = [name.removeprefix(start) for name in released if name.startswith(start := _start(parts[0].name))]
         own = [{suffix: joined.pop(f"{_start(part.name)}{suffix}") for suffix in suffixes} for part in parts]
-        scalings = [attachment.options.scaling_at(part.name) for part in parts]
+        scalings = [_options_of(attachment).scaling_at(part.name) for part in parts]
         for held, scaling in zip(own, scalings, strict=True):
             if scaling != scalings[0]:
                 held |= {key: held[key] * (scaling / scalings[0]) for key in held if key.startswith("lora_B.")}
@@ -57,7 +58,7 @@ def join_parts(attachment: Attachment, released: Mapping[str, Tensor]) -> dict[s
     return joined
 
 
-def state_ranks(config: dict[str, Any], attachment: Attachment, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def state_ranks(config: PeftConfig, attachment: Attachment, tensors: Mapping[str, Tensor]) -> PeftConfig:
     """Return PEFT's config with the rank that each module's tensors have, and the α that keeps its scaling.
 
     Parameters
@@ -69,7 +70,7 @@ def state_ranks(config: dict[str, Any], attachment: Attachment, tensors: Mapping
     tensors : mapping of str to Tensor
         What ``join_parts`` returns.
     """
-    options, first = attachment.options, {site.path: site.name for site in reversed(attachment.sites)}
+    options, first = _options_of(attachment), {site.path: site.name for site in reversed(attachment.sites)}
     found: dict[str, tuple[int, float]] = {}
     for name, tensor in tensors.items():
         if factor := FACTOR.fullmatch(name):
@@ -81,6 +82,11 @@ def state_ranks(config: dict[str, Any], attachment: Attachment, tensors: Mapping
     ranks = {f"^{re.escape(path)}": own[0] for path, own in found.items() if own[0] != rank}
     alphas = {f"^{re.escape(path)}": own[1] for path, own in found.items() if own[1] != alpha}
     return config | {"r": rank, "lora_alpha": alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _options_of(attachment: Attachment) -> LoraOptions:
+    assert isinstance(attachment.options, LoraOptions)
+    return attachment.options
 
 
 def _start(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ Places = Mapping[str, tuple[nn.Module, str]]
 """By stored name: a module of the model's own, and which of its parameters."""
 
 
-def refuse_biases(model: nn.Module, config: Mapping[str, Any], stored: Mapping[str, Tensor], whole: Places) -> None:
+def refuse_biases(model: nn.Module, config: Mapping[str, object], stored: Mapping[str, Tensor], whole: Places) -> None:
     """Refuse biases of the base that were trained beside updates which have no place for them.
 
     Parameters

@@ -18,7 +18,7 @@ from deltaspec.workflows.analysis.analyze import analyze_against
 from deltaspec.workflows.analysis.weight_changes import open_changes
 from deltaspec.workflows.comparison.finished_trainings import FinishedTraining
 from deltaspec.workflows.comparison.matrix_measures import AnalyzedTraining, MatrixRow, measure_matrices
-from deltaspec.workflows.comparison.rows import NOTHING, ChangeRow
+from deltaspec.workflows.comparison.rows import NOTHING, ChangeSummary
 from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
 
@@ -32,7 +32,7 @@ def measure_changes(
     *,
     options: CompareOptions,
     progress: Callable[[Step], None] | None,
-) -> list[ChangeRow]:
+) -> list[ChangeSummary]:
     """Analyse every training's ΔW into a run under ``place``, and summarise each over the matrices that it changes."""
     changing = [trained for trained in trainings if trained.changes_weights]
     runs = [
@@ -87,9 +87,9 @@ def _overlaps(one: AnalyzedTraining, other: AnalyzedTraining, directions: int) -
 
 def _summarise(
     one: AnalyzedTraining, rows: list[MatrixRow], overlaps: list[Similarity], other: FinishedTraining | None
-) -> ChangeRow:
+) -> ChangeSummary:
     changed = [record.metrics for record in one.records()]
-    return ChangeRow(
+    return ChangeSummary(
         changed=len(changed),
         relative_norm=_middle(metrics["relative_norm"] for metrics in changed),
         effective_rank=_middle(metrics["effective_rank"] for metrics in changed),

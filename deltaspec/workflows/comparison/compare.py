@@ -18,7 +18,7 @@ from deltaspec.workflows.analysis.write_figures import check_formats, render_csv
 from deltaspec.workflows.comparison.change_measures import measure_changes
 from deltaspec.workflows.comparison.finished_trainings import FinishedTraining, open_base, open_trainings
 from deltaspec.workflows.comparison.matrix_measures import FIRST
-from deltaspec.workflows.comparison.rows import ComparisonRow, LearnedRow
+from deltaspec.workflows.comparison.rows import ComparisonRow, TrainingCosts
 
 TABLE = "compare"
 FIGURES = {"learning": draw_learning, "change": draw_change}
@@ -72,7 +72,7 @@ def compare(
     return rows
 
 
-def describe(trained: FinishedTraining) -> LearnedRow:
+def describe(trained: FinishedTraining) -> TrainingCosts:
     """Say what one training cost, learned and forgot."""
     report, results = trained.report, trained.report["results"]
     learned, forgotten = results.get("learned") or {}, results.get("forgotten") or {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 
-class LearnedRow(TypedDict):
+class TrainingCosts(TypedDict):
     """What one training cost, learned and forgot; None where it was not measured."""
 
     label: str
@@ -28,7 +28,7 @@ class LearnedRow(TypedDict):
     peak_memory: int
 
 
-class ChangeRow(TypedDict):
+class ChangeSummary(TypedDict):
     """What is known of its ΔW over the matrices that it changes; None where there is none, or nothing to compare with.
 
     ``changed`` is how many these are; ``overlap_with`` names the full fine-tuning that directions are compared with.
@@ -48,11 +48,11 @@ class ChangeRow(TypedDict):
     intruder_energy: float | None
 
 
-class ComparisonRow(LearnedRow, ChangeRow):
+class ComparisonRow(TrainingCosts, ChangeSummary):
     """Both."""
 
 
-NOTHING = ChangeRow(
+NOTHING = ChangeSummary(
     changed=None,
     relative_norm=None,
     effective_rank=None,

@@ -20,6 +20,7 @@ from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_parameters
 from deltaspec.training.sites.site import Site
 from deltaspec.training.sites.targets import LeftOut, choose_sites, list_left_out
+from deltaspec.types.methods import MethodOptions
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
 
 
@@ -95,7 +96,7 @@ def count(ref: str | Path, recipe: Recipe | None = None, *, task: str = "", labe
     return count_parameters(model, attachment, targets=recipe.targets)
 
 
-def make_options(method: str, options: Mapping[str, OptionValue]) -> Any:
+def make_options(method: str, options: Mapping[str, OptionValue]) -> MethodOptions:
     """Make a method's options from those that were given.
 
     Raises
@@ -110,7 +111,8 @@ def make_options(method: str, options: Mapping[str, OptionValue]) -> Any:
     if unknown := [name for name in options if name not in known]:
         message = f"'{unknown[0]}' does not belong to the method {method}: it takes {', '.join(known) or 'no options'}."
         raise OptionError(message)
-    return METHODS[method].options(**options)
+    made: MethodOptions = METHODS[method].options(**options)
+    return made
 
 
 def choose_method_sites(model: nn.Module, method: str, targets: TargetOptions) -> list[Site]:

@@ -19,6 +19,7 @@ from deltaspec.training.sites.attachment import Method, freeze
 from deltaspec.training.sites.model_sites import base_bias, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import Checkpoint
+from deltaspec.types.methods import MethodOptions
 from deltaspec.types.running import Tokenizer
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
 from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_tokenizer, open_model
@@ -39,7 +40,7 @@ class TrainingPlan:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     recipe: Recipe
-    options: Any
+    options: MethodOptions
     data: TrainingData
     counts: Counts
     identity: dict[str, Any]
@@ -110,7 +111,7 @@ def list_notes(plan: TrainingPlan, *, device: torch.device) -> Iterator[str]:
         yield left_out.removesuffix(".")
 
 
-def _check_merge(method: str, options: Any, model: nn.Module, sites: Sequence[Site]) -> None:
+def _check_merge(method: str, options: MethodOptions, model: nn.Module, sites: Sequence[Site]) -> None:
     """Refuse to merge what weights and biases cannot hold."""
     why = f"{method} makes none" if METHODS[method].space == "activation" else ""
     if getattr(options, "lora_bias", False):

@@ -113,7 +113,9 @@ def prepare_model(plan: TrainingPlan, *, device: torch.device) -> PreparedModel:
     return PreparedModel(model, attachment, head)
 
 
-def _load(checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], **place: Any) -> tuple[Any, set[str]]:
+def _load(
+    checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], *, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, set[str]]:
     """Load a model, and say what is trained beside any adapter: its head, and a pooler that the checkpoint lacks.
 
     Both are drawn where they are missing, and a head that is stored with other classes too.
@@ -126,7 +128,7 @@ def _load(checkpoint: Checkpoint, kind: ModelKind, names: tuple[str, ...], **pla
     state, stored = read_state(checkpoint), checkpoint.config.get("id2label")
     if (tuple(stored.values()) if isinstance(stored, dict) else UNNAMED) != names:
         state = {name: tensor for name, tensor in state.items() if name not in head}
-    return load_model(checkpoint, kind, state=state, fresh=head | missing, **place), head | missing
+    return load_model(checkpoint, kind, state=state, fresh=head | missing, device=device, dtype=dtype), head | missing
 
 
 def _free_head(model: nn.Module, head: dict[str, nn.Parameter]) -> None:
@@ -139,7 +141,7 @@ def _free_head(model: nn.Module, head: dict[str, nn.Parameter]) -> None:
             module_at(model, name.rpartition(".")[0]).register_forward_pre_hook(_widen)
 
 
-def _widen(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen(module: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
     del module
     return tuple(value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in given)
 

@@ -14,7 +14,7 @@ from deltaspec.files.atomic import whole_file
 from deltaspec.training.data.examples import padding
 from deltaspec.training.several.switching import merge_module
 from deltaspec.training.sites.adapted import Adapted
-from deltaspec.training.sites.model_sites import WRAPPED, base_parameters
+from deltaspec.training.sites.model_sites import base_buffers, base_parameters
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
 from deltaspec.workflows.shared.running_models import quiet_transformers
 from deltaspec.workflows.training.plan import TrainingPlan
@@ -70,9 +70,7 @@ def _save_whole(folder: Path, trained: PreparedModel, plan: TrainingPlan) -> Non
 def _merge(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's own tensors by name in float32, tied ones once, with what adapters add to them."""
     own = base_parameters(model)
-    known = model.state_dict().keys()
-    buffers = {WRAPPED.sub("", name): tensor for name, tensor in model.named_buffers() if name in known}
-    tensors: dict[str, Tensor] = {name: parameter.detach() for name, parameter in own.items()} | buffers
+    tensors: dict[str, Tensor] = {n: parameter.detach() for n, parameter in own.items()} | base_buffers(model)
     names = {id(parameter): name for name, parameter in own.items()}
     for wrapper in [module for module in model.modules() if isinstance(module, Adapted)]:
         merged = merge_module(wrapper, dtype=torch.float32)

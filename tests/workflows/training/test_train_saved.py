@@ -75,6 +75,13 @@ def test_a_whole_checkpoint_has_the_names_of_the_base_and_all_of_a_change(case, 
     assert changed == 14
 
 
+def test_what_pissa_keeps_beside_the_base_is_not_merged_into_it(case, tmp_path):
+    """Its first factors are buffers of the running model, and no tensors of a checkpoint."""
+    options = {"rank": 2, "init": "pissa"}
+    run(case, tmp_path / "out", "tied", loop={"steps": 1}, method_options=options, run={"save": "full"})
+    assert load_file(tmp_path / "out/final" / WEIGHTS).keys() == load_file(case / "tied" / WEIGHTS).keys()
+
+
 @pytest.mark.parametrize("stated", [24, None])
 def test_a_causal_classifier_reads_the_last_token_of_the_text(root, stated):
     """Its config has another padding token than its tokenizer, or none; the oracle pads nothing."""

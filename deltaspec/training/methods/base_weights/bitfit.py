@@ -15,7 +15,7 @@ from deltaspec.training.sites.site import Site
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: BitfitOptions, *, name: str, seed: int) -> BaseAttachment:
-    """Train every bias.
+    """Train every bias; arguments as of every method's attach, see Method.
 
     Raises
     ------

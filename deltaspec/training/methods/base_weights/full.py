@@ -14,7 +14,10 @@ from deltaspec.training.sites.site import Site
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: FullOptions, *, name: str, seed: int) -> BaseAttachment:
-    """Train every parameter, embeddings and normalisations too; tied ones once."""
+    """Train every parameter, embeddings and normalisations too; tied ones once.
+
+    Arguments are as of every method's attach, see Method; sites and seed change nothing.
+    """
     del sites, seed
     return BaseAttachment(model, base_parameters(model), name=name, method="full", options=options)
 

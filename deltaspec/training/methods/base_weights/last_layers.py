@@ -21,7 +21,7 @@ POOLER = re.compile(r"(?:^|\.)pooler\.")
 def attach(
     model: nn.Module, sites: Sequence[Site], options: LastLayersOptions, *, name: str, seed: int
 ) -> BaseAttachment:
-    """Train the last blocks and the head.
+    """Train the last blocks and the head; arguments as of every method's attach, see Method.
 
     Raises
     ------

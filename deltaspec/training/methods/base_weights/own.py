@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from deltaspec.architecture.views import view_matrix
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_parameters, identify_parameters, list_sites, module_at
 from deltaspec.training.sites.site import Site
+from deltaspec.types.methods import MethodOptions
 
 
 class TrainedInPlace:
@@ -83,7 +83,9 @@ class BaseAttachment(Attachment):
         Which, by their names in the running model; those that hold no floating-point numbers are left out.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], *, name: str, method: str, options: Any) -> None:
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], *, name: str, method: str, options: MethodOptions
+    ) -> None:
         super().__init__(model, name=name, method=method, options=options)
         self.found, known = identify_parameters(model), base_parameters(model)
         chosen = set(names)

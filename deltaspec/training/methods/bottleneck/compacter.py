@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +42,13 @@ def apply_kronecker(x: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> T
     References
     ----------
     Mahabadi et al., Compacter, NeurIPS 2021, equation 5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> shared, left, right = torch.eye(2).expand(2, 2, 2), torch.ones(2, 1), torch.ones(2, 2)
+    >>> apply_kronecker(torch.tensor([1.0, 2.0, 3.0, 4.0]), shared, left, right)
+    tensor([ 6., 14.])
     """
     inner = x.reshape(*x.shape[:-1], shared.shape[0], -1) @ right.T  # (…, column of A, i)
     mixed = torch.einsum("iab,...bi->...ai", shared, inner)
@@ -163,12 +169,12 @@ def _widen(model: nn.Module, norms: Mapping[str, nn.Parameter]) -> list[Removabl
     return hooks
 
 
-def _widen_inputs(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _widen_inputs(module: nn.Module, given: tuple[object, ...]) -> tuple[object, ...]:
     del module
     return tuple(value.float() if isinstance(value, Tensor) else value for value in given)
 
 
-def _narrow_outputs(module: nn.Module, given: tuple[Any, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
+def _narrow_outputs(module: nn.Module, given: tuple[object, ...], found: Tensor, *, dtype: torch.dtype) -> Tensor:
     del module, given
     return found.to(dtype)
 
@@ -176,7 +182,7 @@ def _narrow_outputs(module: nn.Module, given: tuple[Any, ...], found: Tensor, *,
 def attach(
     model: nn.Module, sites: Sequence[Site], options: CompacterOptions, *, name: str, seed: int
 ) -> CompacterAttachment:
-    """Put a Kronecker bottleneck after every site of the placement.
+    """Put a Kronecker bottleneck after every site of the placement; arguments as of every method's attach, see Method.
 
     Raises
     ------

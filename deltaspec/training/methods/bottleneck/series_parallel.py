@@ -36,6 +36,17 @@ def run_bottleneck(
     Returns
     -------
     Tensor, (…, m)
+
+    References
+    ----------
+    Houlsby et al., ICML 2019, section 2.1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> down, up = torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0], [3.0]])
+    >>> run_bottleneck(torch.tensor([[5.0, 2.0]]), down, up, activation="relu", biases=(None, None))
+    tensor([[3., 9.]])
     """
     return F.linear(ACTIVATIONS[activation](F.linear(x, down, biases[0])), up, biases[1])
 
@@ -88,7 +99,7 @@ class BottleneckUpdate(Update):
 def attach_series(
     model: nn.Module, sites: Sequence[Site], options: SeriesOptions, *, name: str, seed: int
 ) -> Attachment:
-    """Put a bottleneck after every site of the placement; arguments as of every method's attach.
+    """Put a bottleneck after every site of the placement; arguments as of every method's attach, see Method.
 
     Raises
     ------
@@ -102,7 +113,7 @@ def attach_series(
 def attach_parallel(
     model: nn.Module, sites: Sequence[Site], options: ParallelOptions, *, name: str, seed: int
 ) -> Attachment:
-    """Put a bottleneck beside every site; arguments as of every method's attach.
+    """Put a bottleneck beside every site; arguments as of every method's attach, see Method.
 
     Raises
     ------

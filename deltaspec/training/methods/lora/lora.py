@@ -12,8 +12,8 @@ from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.methods.lora.peft_config import from_peft, to_peft
 from deltaspec.training.methods.lora.update import BiasUpdate, EmbeddingLora, LinearLora, LoraUpdate
 from deltaspec.training.sites.adapted import Update
-from deltaspec.training.sites.attachment import PREFIX, Attachment, Group, Method, check_ranks, fill
-from deltaspec.training.sites.model_sites import HEADS, kind_of, list_modules, list_sites, module_at
+from deltaspec.training.sites.attachment import PREFIX, Attachment, Group, Method, fill
+from deltaspec.training.sites.model_sites import HEADS, check_ranks, kind_of, list_modules, list_sites, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey, View
 
@@ -22,6 +22,8 @@ START = (".pissa_A", ".pissa_B")
 
 class LoraAttachment(Attachment):
     """LoRA at every site, and the biases that are trained beside it."""
+
+    options: LoraOptions
 
     @property
     def sites(self) -> list[Site]:

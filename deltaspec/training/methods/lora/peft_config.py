@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from deltaspec.errors import CheckpointError
 from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.sites.attachment import PREFIX
+from deltaspec.types.methods import PeftConfig
 
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(A\.weight|embedding_A)")
 MOVED = re.compile(r"pissa_niter|olora|corda|loftq|lora_ga")
@@ -27,7 +27,7 @@ FOREIGN = (
 )
 
 
-def to_peft(options: LoraOptions) -> dict[str, Any]:
+def to_peft(options: LoraOptions) -> PeftConfig:
     """Return the fields of PEFT's LoraConfig; of PiSSA twice the rank at the same scaling, for the base as it is.
 
     Parameters
@@ -55,7 +55,7 @@ def to_peft(options: LoraOptions) -> dict[str, Any]:
     }
 
 
-def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LoraOptions:
+def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> LoraOptions:
     """Read PEFT's LoraConfig; ranks of single modules come from their factors' shapes.
 
     Parameters

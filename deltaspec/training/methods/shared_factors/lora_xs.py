@@ -12,8 +12,8 @@ from deltaspec.linalg.signs import fix_signs
 from deltaspec.linalg.truncated import truncate
 from deltaspec.options.methods.shared_factors import LoraXsOptions
 from deltaspec.training.sites.adapted import Update
-from deltaspec.training.sites.attachment import Attachment, Method, check_ranks, fill, make_parameter
-from deltaspec.training.sites.model_sites import base_matrix, module_at
+from deltaspec.training.sites.attachment import Attachment, Method, fill, make_parameter
+from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at
 from deltaspec.training.sites.site import Site
 
 FROZEN = (".lora_xs_A", ".lora_xs_B")
@@ -70,6 +70,18 @@ def top_directions(weight: Tensor, rank: int, *, name: str) -> tuple[Tensor, Ten
     ------
     CheckpointError
         If the weight holds NaN or infinity.
+
+    References
+    ----------
+    Bałazy et al., LoRA-XS, 2024, section 3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> lora_A, lora_B = top_directions(torch.diag(torch.tensor([1.0, 5.0])), 1, name="weight")
+    >>> (lora_B @ lora_A).round(decimals=6) + 0
+    tensor([[0., 0.],
+            [0., 5.]], dtype=torch.float64)
     """
     try:
         found = truncate(
@@ -85,6 +97,8 @@ def top_directions(weight: Tensor, rank: int, *, name: str) -> tuple[Tensor, Ten
 
 class LoraXsAttachment(Attachment):
     """LoRA-XS, whose projections need not be stored."""
+
+    options: LoraXsOptions
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy stored tensors in; projections that are not among them stay as the base gave them."""
@@ -102,7 +116,17 @@ class LoraXsAttachment(Attachment):
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: LoraXsOptions, *, name: str, seed: int) -> Attachment:
-    """Put LoRA-XS at every site; nothing is random."""
+    """Put LoRA-XS at every site; nothing is random.
+
+    Arguments are as of every method's attach, see Method.
+
+    Raises
+    ------
+    CheckpointError
+        If a weight holds NaN or infinity.
+    OptionError
+        If the rank exceeds a site's sides.
+    """
     del seed
     check_ranks(sites, options.rank)
     updates = [LoraXsUpdate(site, module_at(model, site.path), options) for site in sites]

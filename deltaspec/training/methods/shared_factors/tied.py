@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from deltaspec.options.methods.shared_factors import TiedOptions
-from deltaspec.training.methods.shared_factors.vera import ScaledUpdate
-from deltaspec.training.sites.attachment import Attachment, Method, check_ranks, make_parameter
-from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
+from deltaspec.training.methods.shared_factors.projections import ScaledUpdate
+from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
+from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
 
 SHARED = ("base_model.tied_A", "base_model.tied_B")
@@ -28,7 +28,13 @@ class TiedUpdate(ScaledUpdate):
 def attach(model: nn.Module, sites: Sequence[Site], options: TiedOptions, *, name: str, seed: int) -> Attachment:
     """Put Tied-LoRA at every site: one pair of d rows and columns, d the largest of the layers' smaller sides.
 
-    That is the model's width; layers that are wider (FFN) repeat the pair, as published counts require.
+    That is the model's width; layers that are wider (FFN) repeat the pair, as published counts require. Arguments are
+    as of every method's attach, see Method.
+
+    Raises
+    ------
+    OptionError
+        If a site is an embedding, or the rank exceeds its sides.
     """
     refuse_embeddings(sites, "tied")
     check_ranks(sites, options.rank)
@@ -44,7 +50,17 @@ def attach(model: nn.Module, sites: Sequence[Site], options: TiedOptions, *, nam
 
 
 def bound(factor: torch.Tensor) -> float:
-    """Return Kaiming's bound of a factor's values, √(6 / fan-in)."""
+    """Return Kaiming's bound of a factor's values, √(6 / fan-in).
+
+    Parameters
+    ----------
+    factor : Tensor, (rows, fan-in)
+
+    Examples
+    --------
+    >>> bound(torch.empty(2, 6))
+    1.0
+    """
     return math.sqrt(6 / factor.shape[1])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,15 +10,15 @@ from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.options.methods.shared_factors import VbLoraOptions
+from deltaspec.training.methods.shared_factors.vector_bank import INDICES, WEIGHTS, mix_vectors, restore_logits
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Group, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
+from deltaspec.types.methods import PeftConfig
 
 BANK = "base_model.vblora_vector_bank"
-INDICES, WEIGHTS = "_topk_indices", "_topk_weights"
 KINDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # bytes of a released index → its dtype
-ROUNDING = 1e-3  # by how much stored weights of one piece may exceed 1 before the file counts as damaged
 
 
 class VbLoraUpdate(Update):
@@ -42,17 +41,10 @@ class VbLoraUpdate(Update):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B; there is no α/r."""
-        lora_A = self._mix(self.logits_A).flatten(1)
-        return lora_A, self._mix(self.logits_B).transpose(1, 2).flatten(0, 1)
-
-    def _mix(self, logits: Tensor) -> Tensor:
-        """Return the pieces (…, b): the bank's best vectors by softmax over their logits alone."""
-        best, places = logits.topk(self.options.topk, dim=-1)
-        weights, bank = best.softmax(-1), self.bank.to(logits.device)
-        pieces = weights[..., :1] * F.embedding(places[..., 0], bank)
-        for number in range(1, self.options.topk):
-            pieces = pieces + weights[..., number, None] * F.embedding(places[..., number], bank)
-        return pieces
+        lora_A, lora_B = (
+            mix_vectors(logits, self.bank, self.options.topk) for logits in (self.logits_A, self.logits_B)
+        )
+        return lora_A.flatten(1), lora_B.transpose(1, 2).flatten(0, 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return both logits under PEFT's names."""
@@ -65,6 +57,8 @@ class VbLoraUpdate(Update):
 
 class VbLoraAttachment(Attachment):
     """VB-LoRA, which can be released as the few weights and indices that count."""
+
+    options: VbLoraOptions
 
     def groups(self) -> list[Group]:
         """Return the bank at the loop's learning rate, and the logits at a multiple of it.
@@ -91,7 +85,7 @@ class VbLoraAttachment(Attachment):
             stem = name.removesuffix(INDICES)
             if stem + WEIGHTS in whole:
                 pair = whole.pop(name), whole.pop(stem + WEIGHTS)
-                whole[stem] = _restore(*pair, vectors=self.options.vectors, name=stem)
+                whole[stem] = restore_logits(*pair, vectors=self.options.vectors, name=stem)
         super().load(whole)
 
     def released(self) -> dict[str, Tensor]:
@@ -116,29 +110,16 @@ class VbLoraAttachment(Attachment):
         return int(bank + pieces * (k - 1) + pieces * k * size // 4)
 
 
-def _restore(places: Tensor, weights: Tensor, *, vectors: int, name: str) -> Tensor:
-    """Return logits (…, h) whose softmax gives stored weights: their logarithms, and -inf elsewhere.
-
-    The last weight is what is missing to 1; where rounding made that negative, it is 0.
-    """
-    weights, places = weights.float(), places.long()
-    fits = weights.shape == (*places.shape[:-1], places.shape[-1] - 1)
-    if not fits or (places.numel() and not 0 <= int(places.min()) <= int(places.max()) < vectors):
-        message = (
-            f"The adapter's '{name}{INDICES}' of shape {tuple(places.shape)} does not fit its weights of shape "
-            f"{tuple(weights.shape)} and a bank of {vectors} vectors: download it again."
-        )
-        raise CheckpointError(message)
-    last = 1 - weights.sum(-1, keepdim=True)
-    if not bool((weights >= 0).all() and (last >= -ROUNDING).all()):
-        message = f"The adapter's '{name}{WEIGHTS}' are no shares of 1 from 0 up: download it again."
-        raise CheckpointError(message)
-    logits = torch.cat([weights, last.clamp(min=0)], dim=-1).log()
-    return logits.new_full((*places.shape[:-1], vectors), -torch.inf).scatter(-1, places, logits)
-
-
 def attach(model: nn.Module, sites: Sequence[Site], options: VbLoraOptions, *, name: str, seed: int) -> Attachment:
-    """Put VB-LoRA at every site, not the identity: bank uniform in ±0.02, logits normal with deviation 0.1."""
+    """Put VB-LoRA at every site, not the identity: bank uniform in ±0.02, logits normal with deviation 0.1.
+
+    Arguments are as of every method's attach, see Method.
+
+    Raises
+    ------
+    OptionError
+        If a site is an embedding, or ``vector_length`` does not divide its sides.
+    """
     refuse_embeddings(sites, "vblora")
     for site in sites:
         if any(side % options.vector_length for side in site.shape):
@@ -155,7 +136,7 @@ def attach(model: nn.Module, sites: Sequence[Site], options: VbLoraOptions, *, n
     return VbLoraAttachment(model, updates, name=name, method="vblora", options=options)
 
 
-def to_peft(options: VbLoraOptions) -> dict[str, Any]:
+def to_peft(options: VbLoraOptions) -> PeftConfig:
     """Return the fields of PEFT's VBLoRAConfig."""
     return {
         "r": options.rank,
@@ -168,7 +149,7 @@ def to_peft(options: VbLoraOptions) -> dict[str, Any]:
     }
 
 
-def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VbLoraOptions:
+def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> VbLoraOptions:
     """Read PEFT's VBLoRAConfig; it must say of the bank what the file does, before anything of its size is made."""
     size = (config["num_vectors"], config["vector_length"])
     if shapes.get(BANK) != size:
