@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from deltaspec.types.versions import numbers_of
+
 RUN = ("base", "tuned", "options", "deltaspec")
 TRAJECTORY = ("base", "options", "deltaspec")
-ALIKE = ("0.1.0", "0.2.0")  # versions of one arithmetic: each goes on with what another of them has begun
-
-
-def arithmetic(version: str) -> str:
-    """Return the first version that computes the same numbers, to rounding, as this one.
-
-    Unfinished work may only go on under a version of the same arithmetic: its results would be of two kinds.
-
-    Examples
-    --------
-    >>> arithmetic("0.2.0"), arithmetic("99.0")
-    ('0.1.0', '99.0')
-    """
-    return ALIKE[0] if version in ALIKE else version
 
 
 def differences(
@@ -42,7 +30,7 @@ def differences(
     """
     for name in names:
         before, after = old.get(name), new.get(name)
-        if name == "deltaspec" and arithmetic(str(before)) == arithmetic(str(after)):
+        if name == "deltaspec" and numbers_of(str(before)) == numbers_of(str(after)):
             continue
         if isinstance(before, dict) and isinstance(after, dict):
             inner = sorted({*before, *after} - {"ref", "revision"})

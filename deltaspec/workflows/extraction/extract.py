@@ -14,7 +14,6 @@ from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
 from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
-from deltaspec.store.identity import arithmetic
 from deltaspec.types import Step
 from deltaspec.workflows.extraction.build_adapters import build_adapters
 from deltaspec.workflows.extraction.leftovers import measure_rest
@@ -66,8 +65,7 @@ def extract(
         return rest
 
     inputs = [extraction.sources.base.root, extraction.sources.tuned.root]
-    identity = {**extraction.identity, "deltaspec": arithmetic(version("deltaspec"))}
-    with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
+    with Staging(Path(out), identity=dict(extraction.identity), overwrite=overwrite, inputs=inputs) as staging:
         return build_adapters(extraction, Workers(devices, options.analysis.memory, progress), staging, measure)
 
 

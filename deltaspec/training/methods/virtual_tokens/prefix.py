@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from deltaspec.errors import OptionError, require
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.methods.virtual_tokens.virtual import (
     STORED,
     VirtualAttachment,
-    VirtualOptions,
     find_body,
     find_embedding,
 )

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.methods.virtual_tokens.prefix import from_peft, to_peft
 from deltaspec.training.methods.virtual_tokens.virtual import (
     VirtualAttachment,
-    VirtualOptions,
     find_body,
     find_embedding,
 )

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import list_sites, module_at
 from deltaspec.training.sites.site import Site
 
 STORED = "prompt_embeddings"
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualOptions:
-    """How many virtual tokens."""
-
-    tokens: int = 20
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        if self.tokens < 1:
-            message = f"--tokens is {self.tokens}: expected 1 or more."
-            raise OptionError(message)
 
 
 class VirtualUpdate(Update):
