@@ -62,6 +62,8 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
             config["exclude_modules"] = alike
         config["fan_in_fan_out"] = any(site.kind == "conv1d" for site in attachment.sites)
     config |= method.to_peft(attachment.options)
+    if method.peft == "PROMPT_TUNING" and task_type == "SEQ_2_SEQ_LM":
+        config["num_transformer_submodules"] = 1  # PEFT would expect prompts for the decoder too, and use none of them
     return config if _all_whole(attachment) else state_ranks(config, attachment, adapter_tensors(attachment))
 
 
