@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
-make_environment .venv ''
+make_environment .venv '' scripts/constraints.txt
 eval "$(.venv/bin/python scripts/headline_pair.py)"
 .venv/bin/deltaspec analyze "$BASE" "$TUNED" -o runs/demo
 .venv/bin/deltaspec plot runs/demo -o runs/demo/figures
