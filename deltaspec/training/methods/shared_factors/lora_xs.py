@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, NumericalError
 from deltaspec.linalg.signs import fix_signs
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate
 from deltaspec.options.methods.shared_factors import LoraXsOptions
 from deltaspec.training.sites.adapted import Update
@@ -84,9 +85,8 @@ def top_directions(weight: Tensor, rank: int, *, name: str) -> tuple[Tensor, Ten
             [0., 5.]], dtype=torch.float64)
     """
     try:
-        found = truncate(
-            lambda: iter([weight.double()]), (weight.shape[0], weight.shape[1]), device=weight.device, rank=rank
-        )
+        shape = (weight.shape[0], weight.shape[1])
+        found = truncate(Streamed(lambda: iter([weight.double()]), shape, weight.device), rank=rank)
     except NumericalError as cause:
         message = f"Cannot decompose '{name}' of the base for LoRA-XS: {cause} Take another base, or leave it out."
         raise CheckpointError(message) from cause

@@ -13,6 +13,7 @@ from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.methods.virtual_tokens.kept_keys import NAMES
 from deltaspec.training.methods.virtual_tokens.virtual import (
     STORED,
+    Host,
     VirtualAttachment,
     find_body,
     find_embedding,
@@ -26,6 +27,7 @@ from deltaspec.training.sites.site import Site
 class PrefixAttachment(VirtualAttachment):
     """Keys and values (tokens, 2 · layers · heads · d_head), handed to the body as a cache of tokens it has read."""
 
+    kind = "prefix"
     unasked = False
 
     def insert(self, kwargs: dict[str, Any], length: int) -> None:
@@ -108,7 +110,7 @@ def attach(
     like, generator = base_matrix(module_at(model, site.path), site), torch.Generator().manual_seed(seed)
     shape = (options.tokens, 2 * layers * heads * width)
     embeddings = make_parameter(shape, like, lambda t: t.normal_(0, 0.02, generator=generator))
-    return PrefixAttachment(model, site, body, embeddings=embeddings, name=name, method="prefix", options=options)
+    return PrefixAttachment(model, Host(site, body), embeddings=embeddings, name=name, options=options)
 
 
 def to_peft(options: VirtualOptions) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deltaspec.options.methods.virtual_tokens import VirtualOptions
 from deltaspec.training.methods.virtual_tokens.prefix import from_peft, to_peft
 from deltaspec.training.methods.virtual_tokens.virtual import (
+    Host,
     VirtualAttachment,
     extend_mask,
     find_body,
@@ -30,8 +31,10 @@ class PromptAttachment(VirtualAttachment):
     places stay, and the decoder beside it reads them.
     """
 
-    def __init__(self, model: nn.Module, site: Site, body: nn.Module, **settings: Any) -> None:
-        super().__init__(model, site, body, **settings)
+    kind = "prompt"
+
+    def __init__(self, model: nn.Module, host: Host, **settings: Any) -> None:
+        super().__init__(model, host, **settings)
         stacks = find_stacks(model)
         self.read_on = stacks is not None
         if stacks is not None:
@@ -99,7 +102,7 @@ def attach(
         values.copy_(table.detach()[chosen.to(table.device)])
 
     embeddings = make_parameter((options.tokens, site.shape[1]), table, draw)
-    return PromptAttachment(model, site, body, embeddings=embeddings, name=name, method="prompt", options=options)
+    return PromptAttachment(model, Host(site, body), embeddings=embeddings, name=name, options=options)
 
 
 METHOD = Method(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,30 +43,31 @@ class VirtualUpdate(Update):
         return {STORED: self.embeddings}
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The part of a model that is given virtual tokens, and the model's input embedding."""
+
+    site: Site
+    body: nn.Module
+
+
 class VirtualAttachment(Attachment):
     """Virtual tokens before the input of a model's body, put there whenever it runs; subclasses say how.
 
     Parameters
     ----------
-    site : Site
-        The model's input embedding.
-    body : nn.Module
-        The part of the model that is given the tokens.
+    host : Host
+        Where the tokens are given.
     embeddings : nn.Parameter, (tokens, …)
     """
 
+    kind: str  # the method's name in METHODS
+
     def __init__(
-        self,
-        model: nn.Module,
-        site: Site,
-        body: nn.Module,
-        *,
-        embeddings: nn.Parameter,
-        name: str,
-        method: str,
-        options: VirtualOptions,
+        self, model: nn.Module, host: Host, *, embeddings: nn.Parameter, name: str, options: VirtualOptions
     ) -> None:
-        super().__init__(model, [VirtualUpdate(site, embeddings)], name=name, method=method, options=options)
+        site, body = host.site, host.body
+        super().__init__(model, [VirtualUpdate(site, embeddings)], name=name, method=self.kind, options=options)
         self.embeddings, self.tokens, self.weight = embeddings, options.tokens, 1.0
         self.embed_path, self.room = site.path, count_positions(model)
         self.body, self.cache_argument = body, cache_argument(body)
