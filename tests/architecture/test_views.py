@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,3 +61,21 @@ def test_parts_that_do_not_add_up_are_none() -> None:
     assert alternating_parts(whole((7, 4)), 2) == ()
     assert attention_parts(whole((48, 24)), (4, 2, 5), grouped=False) == ()
     assert attention_parts(whole((42, 24)), (3, 2, 6), grouped=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("view", "height"),
+    [
+        (View((6, 3)), 6),
+        (View((4, 3), start=2), 6),
+        (View((2, 3), start=1, stop=3), 6),
+        (View((6, 3), groups=3, start=2, stop=4), 18),
+        (View((9, 3), groups=3, start=3), 18),
+    ],
+)
+def test_rows_of_a_part(view: View, height: int) -> None:
+    wanted = np.arange(height).reshape(view.groups, -1)[:, view.start : view.stop].ravel()
+    rows = torch.arange(height)
+    assert view.take(rows).tolist() == wanted.tolist()
+    assert view.take(rows.expand(2, 5, height), axis=-1)[1, 4].tolist() == wanted.tolist()
+    assert len(wanted) == view.shape[0]

@@ -57,12 +57,42 @@ def test_a_folder_comes_whole_and_replaces_an_older_one(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
 
 
-def test_a_leftover_is_ours_and_its_process_gone(tmp_path):
+def test_a_process_is_alive_until_it_ended():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert is_alive(os.getpid()) and is_alive(1)
     assert not is_alive(ended.pid) and not is_alive(10**30)
-    assert is_leftover(tmp_path / f"x.json.{ended.pid}.tmp")
-    assert is_leftover(tmp_path / f"x.safetensors.{os.getpid()}.tmp")
-    assert not is_leftover(tmp_path / "x.json.1.tmp")
-    assert not is_leftover(tmp_path / f"x.txt.{ended.pid}.tmp")
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("w.safetensors.{gone}.tmp", True),
+        ("w.safetensors.{own}.tmp", True),
+        ("w.json.{gone}.tmp", True),
+        (f"w.json.{10**30}.tmp", True),  # no system's number: nothing runs under it
+        ("w.json.{own}.tmp", True),  # this process writes nothing now
+        ("w.json.{parent}.tmp", False),
+        ("w.json.1.tmp", False),
+        ("w.txt.{gone}.tmp", False),
+        ("w.json.tmp", False),
+        ("w.json.{gone}.tmp.old", False),
+    ],
+)
+def test_leftovers_are_of_processes_that_are_gone(name, ours, tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    path = tmp_path / name.format(gone=int(gone.stdout), own=os.getpid(), parent=os.getppid())
+    assert is_leftover(path) is ours
+
+
+def test_a_write_is_whole_or_nothing(tmp_path, monkeypatch):
+    target = tmp_path / "new" / "a.json"
+    write_whole(target, b"one")
+    write_whole(target, b"two")
+    assert target.read_bytes() == b"two"
+    assert [path.name for path in target.parent.iterdir()] == ["a.json"]
+    seen = []
+    monkeypatch.setattr(type(target), "replace", lambda self, other: seen.append((self.name, self.read_bytes(), other)))
+    write_whole(target, b"three")
+    assert seen == [(f"a.json.{os.getpid()}.tmp", b"three", target)]
+    assert target.read_bytes() == b"two"

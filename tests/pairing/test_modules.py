@@ -8,7 +8,7 @@ import pytest
 import deltaspec
 from deltaspec.pairing.adapters import pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
-from deltaspec.pairing.modules import group_modules, grown_rows, row_ids
+from deltaspec.pairing.modules import group_modules, grown_rows
 from deltaspec.types import LowRankSource, MatrixKey, MatrixSource, View, WeightPair
 from tests.pairing.headers import adapter, checkpoint, family, spec, term
 
@@ -178,22 +178,6 @@ def test_a_whole_is_guessed_where_any_part_is(guessed):
     plan.pairs = pairs
     (module,), _ = group_modules(plan, base, split_fused=False)
     assert [pair.guessed for pair in module.pairs] == [any(guessed)]
-
-
-@pytest.mark.parametrize(
-    ("view", "height"),
-    [
-        (View((6, 3)), 6),
-        (View((4, 3), start=2), 6),
-        (View((2, 3), start=1, stop=3), 6),
-        (View((6, 3), groups=3, start=2, stop=4), 18),
-        (View((9, 3), groups=3, start=3), 18),
-    ],
-)
-def test_rows_of_a_part(view, height):
-    wanted = np.arange(height).reshape(view.groups, -1)[:, view.start : view.stop].ravel()
-    assert row_ids(view, height) == wanted.tolist()
-    assert len(wanted) == view.shape[0]
 
 
 def test_rows_that_only_the_tuned_vocabulary_has():
