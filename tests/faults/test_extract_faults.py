@@ -85,11 +85,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_adapter(models, tmp_path, mon
 
 @pytest.mark.parametrize("stage", ["mkdir", "open"])
 def test_a_folder_that_cannot_be_written_is_one_sentence(stage, models, tmp_path, monkeypatch):
-    allowed = getattr(Path, stage)
+    usual = getattr(Path, stage)
 
     def refuse(self, *arguments, **options):
-        if stage == "open" and "w" not in str(arguments[:1]):
-            return allowed(self, *arguments, **options)
+        if stage == "open" and "w" not in "".join(map(str, arguments)):
+            return usual(self, *arguments, **options)
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, stage, refuse)
