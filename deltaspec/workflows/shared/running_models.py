@@ -118,15 +118,9 @@ def describe_model(checkpoint: Checkpoint) -> ModelKind:
 
 
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in.
+    """Return the dtype to compute in: ``choice`` (bf16, fp16, fp32), or for ``auto`` the most frequent stored one.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    choice : str
-        bf16, fp16 or fp32; ``auto`` is the dtype that most weights are stored in, fp32 at most; fp32 on the CPU for
-        fp16, which is thirty times slower there.
-    device : torch.device
+    That is fp32 at most; on the CPU fp16 becomes fp32, for it is thirty times slower there.
     """
     if choice != "auto":
         return OPTIONS[choice].torch
