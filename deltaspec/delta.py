@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from deltaspec.files.dtypes import GRIDS
 from deltaspec.io.matrix import StoredMatrix, open_matrix
-from deltaspec.linalg.numerics import GRIDS, UPCAST, binade, lies_on
+from deltaspec.linalg.numerics import binade, lies_on
 from deltaspec.types import MatrixSource, Rounding
 
 BLOCK = 1 << 19  # elements of a block: 4 MB in float64, so that passes over it stay in cache
@@ -112,7 +113,19 @@ def stream(source: MatrixSource, *, device: torch.device) -> Iterator[Tensor]:
 
 
 def energy_of(source: MatrixSource, *, device: torch.device) -> float:
-    """Return ‖W‖²_F of a stored matrix, float64."""
+    """Return ‖W‖²_F of a stored matrix, accumulated in float64, streamed block by block.
+
+    Parameters
+    ----------
+    source : MatrixSource
+    device : torch.device
+        Where it is summed.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be read.
+    """
     return float(sum(_energy(block) for block in stream(source, device=device)))
 
 
@@ -148,7 +161,7 @@ class _Tally:
         self.shape, self.tuned = shape, tuned
         # A quantised base was rounded too; any other base is what training started from, so it is exact.
         self.base = base if base.dtype.startswith("F8") else None
-        self.grids = [grid for grid in UPCAST.get(tuned.dtype, ()) if not tuned.scaled]
+        self.grids = [grid for grid in GRIDS[tuned.dtype].coarser if not tuned.scaled]
         self.eps = GRIDS["F64" if "F64" in (base.dtype, tuned.dtype) else "F32"].mantissa
         self.base_energy = torch.zeros((), dtype=torch.float64, device=device)
         self.changed = torch.zeros_like(self.base_energy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from types import ModuleType
 
 
@@ -17,14 +16,6 @@ class OptionError(DeltaspecError):
 
 class CheckpointError(DeltaspecError):
     """A checkpoint or adapter is missing, damaged or in a format that cannot be read."""
-
-
-class AdapterError(CheckpointError):
-    """An adapter that is not plain LoRA, so that its change is not read off its files; ``folder`` is where it lies."""
-
-    def __init__(self, message: str, folder: Path) -> None:
-        super().__init__(message)
-        self.folder = folder
 
 
 class PairingError(DeltaspecError):

@@ -206,10 +206,12 @@ def main() -> None:
     for name, (base, tuned) in pairs.items():
         rows += compare(name, base, tuned, rank=arguments.rank, rounds=arguments.rounds)
     facts: dict[str, object] = {"one matrix of 4096², rank 64, CPU seconds, one thread": one_matrix(4096, 64)}
+    from deltaspec.options import TextOptions
+    from deltaspec.workflows.shared.text_batches import Text
     from deltaspec.workflows.verification.divergence import divergence
 
     adapter = CACHE / "adapter-deltaspec"
-    said = divergence(*headline, adapter, ROOT / "scripts" / "sre_sentences.txt")
+    said = divergence(*headline, adapter, Text(ROOT / "scripts" / "sre_sentences.txt", TextOptions(tokens=16384)))
     facts["KL to the fine-tune, headline pair"] = {
         "base": round(said.kl_base, 4),
         f"base + rank {arguments.rank}": round(said.kl_adapter, 4),

@@ -10,6 +10,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from deltaspec.architecture.roles import fused_role
 from deltaspec.types import MatrixKey
 
 # Nine digits at most: a longer number is no index, and int() refuses very long ones.
@@ -30,7 +31,7 @@ class Entry:
     @property
     def unsplit_role(self) -> str:
         """The role of the whole tensor, where its parts cannot be told apart."""
-        return self.role or ("gate_up_proj" if "up_proj" in self.parts else "qkv_proj")
+        return self.role or fused_role(self.parts, otherwise="qkv_proj")
 
 
 @dataclass(frozen=True, slots=True)

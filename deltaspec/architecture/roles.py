@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 ROLES: dict[str, str] = {
     "q_proj": "attention queries",
     "k_proj": "attention keys",
@@ -30,3 +32,24 @@ ROLES: dict[str, str] = {
 }
 
 ORDER: tuple[str, ...] = tuple(ROLES)
+
+
+def fused_role(parts: Iterable[str], *, otherwise: str) -> str:
+    """Name a fused matrix as a whole by the roles of its parts.
+
+    Parameters
+    ----------
+    parts : iterable of str
+        Roles, in any order.
+    otherwise : str
+        Of anything but queries with keys and values, or gate with up: keys with values alone, or unknown parts.
+
+    Examples
+    --------
+    >>> fused_role(["up_proj", "gate_proj"], otherwise="other")
+    'gate_up_proj'
+    >>> fused_role(["k_proj", "v_proj"], otherwise="k_proj")
+    'k_proj'
+    """
+    roles = set(parts)
+    return "gate_up_proj" if "gate_proj" in roles else "qkv_proj" if "q_proj" in roles else otherwise

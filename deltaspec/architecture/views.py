@@ -33,35 +33,14 @@ def view_matrix(tensor: Tensor, view: View) -> Tensor:
     CheckpointError
         If the stored shape does not fit the view.
     """
-    matrix = tensor
-    if view.expert is not None and tensor.ndim > 0 and 0 <= view.expert < tensor.shape[0]:
-        matrix = tensor[view.expert]
-    elif view.expert is not None:
-        raise _misfit(tensor, view)
-    if matrix.ndim < 2:
-        raise _misfit(tensor, view)
-    matrix = matrix.flatten(1)
-    if view.transposed:
-        matrix = matrix.T
-    rows = matrix.shape[0]
-    if view.groups < 1 or rows % view.groups:
-        raise _misfit(tensor, view)
-    size = rows // view.groups
-    stop = size if view.stop is None else view.stop
-    if not 0 <= view.start <= stop <= size:
-        raise _misfit(tensor, view)
-    matrix = matrix.reshape(view.groups, size, matrix.shape[1])[:, view.start : stop].flatten(0, 1)
-    if tuple(matrix.shape) != view.shape:
-        raise _misfit(tensor, view)
-    return matrix
-
-
-def _misfit(tensor: Tensor, view: View) -> CheckpointError:
-    message = (
-        f"Cannot read a matrix of shape {view.shape} from a stored tensor: expected one that fits {view}, "
-        f"found shape {tuple(tensor.shape)}; check that both checkpoints have the same architecture."
-    )
-    return CheckpointError(message)
+    try:
+        return view.read(tensor)
+    except ValueError as cause:
+        message = (
+            f"Cannot read a matrix of shape {view.shape} from a stored tensor: expected one that fits {view}, "
+            f"found shape {tuple(tensor.shape)}; check that both checkpoints have the same architecture."
+        )
+        raise CheckpointError(message) from cause
 
 
 def whole(shape: Shape, *, expert: int | None = None, transposed: bool = False) -> View:

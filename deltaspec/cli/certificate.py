@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.cli.table import printable, table
+from deltaspec.store.formats.adapter import AdapterReport, BudgetReport, FactorsRow
 
 SHOWN = 8
 INPUTS = """ on inputs: ‖(ΔW - BA)X‖/‖ΔW·X‖ over the inputs X of the calibration, which
 the factors minimise."""
 
 
-def render_reports(reports: dict[str, dict[str, Any]]) -> str:
+def render_reports(reports: Mapping[str, AdapterReport]) -> str:
     """Render each adapter's certificate."""
     return "\n\n".join(_render(report, title=len(reports) > 1) for report in reports.values())
 
 
-def _render(report: dict[str, Any], *, title: bool) -> str:
+def _render(report: AdapterReport, *, title: bool) -> str:
     totals = report["totals"]
     parts = [report["label"]] if title else []
     if report["matrices"]:
@@ -37,9 +39,9 @@ def _render(report: dict[str, Any], *, title: bool) -> str:
     return "\n\n".join(parts)
 
 
-def by_role(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def by_role(matrices: Sequence[FactorsRow]) -> list[dict[str, Any]]:
     """One row for each role: number of matrices, median rank, error and optimum, and the largest error."""
-    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    groups: defaultdict[str, list[FactorsRow]] = defaultdict(list)
     for row in matrices:
         groups[row["role"]].append(row)
     rows = []
@@ -60,20 +62,20 @@ def by_role(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _median(group: list[dict[str, Any]], name: str) -> str:
+def _median(group: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [row[name] for row in group if name in row]
     return f"{median(values):.4f}" if values else ""
 
 
-def _say_budget(budget: dict[str, Any]) -> str:
+def _say_budget(budget: BudgetReport) -> str:
     spent = f"Budget: {budget['spent']:,} of {budget['budget']:,} parameters"
     if budget["uniform"] is not None:
         return f"{spent}, at one rank for all."
-    bound = 100 * budget["loss_bound"]
+    bound = 100 * (budget["loss_bound"] or 0.0)
     return f"{spent}; no allocation keeps more than {bound:.2g} % of ‖ΔW‖² beyond what this one keeps."
 
 
-def _remarks(report: dict[str, Any]) -> list[str]:
+def _remarks(report: AdapterReport) -> list[str]:
     parts = []
     left = report["not_carried"]
     if left:

@@ -14,7 +14,7 @@ import click
 def export(run: str, kind: str, out: Path | None) -> None:
     """Write the records of RUN, one row for each matrix, and step where it is a trajectory."""
     from deltaspec.errors import RunError
-    from deltaspec.files.atomic import write_atomically
+    from deltaspec.files.atomic import write_whole
     from deltaspec.store.trajectory import load_results
     from deltaspec.workflows.analysis.export import FORMATS
 
@@ -22,8 +22,8 @@ def export(run: str, kind: str, out: Path | None) -> None:
     if out is None:
         click.echo(content, nl=False)
         return
-    try:
-        write_atomically(out, content)
-    except OSError as cause:
-        message = f"{out} cannot be written ({cause.strerror}): pass another file with -o."
-        raise RunError(message) from cause
+
+    def refusal(_: Path, cause: OSError) -> RunError:
+        return RunError(f"{out} cannot be written ({cause.strerror}): pass another file with -o.")
+
+    write_whole(out, content, refusal=refusal)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Ticks(Progress):
         )
 
 
-def describe(report: dict[str, Any], out: Path) -> Iterator[str]:
+def describe(report: Mapping[str, Any], out: Path) -> Iterator[str]:
     """Say in words what a training's report holds."""
     if "runs" not in report:
         yield from _describe_one(report)
@@ -48,7 +48,7 @@ def describe(report: dict[str, Any], out: Path) -> Iterator[str]:
     yield f"\nTrainings: {out}"
 
 
-def _describe_one(report: dict[str, Any]) -> Iterator[str]:
+def _describe_one(report: Mapping[str, Any]) -> Iterator[str]:
     counts, results = report["counts"], report["results"]
     head = f", {counts['head']:,} more in the head" if counts["head"] else ""
     yield f"{report['method']}: {counts['trainable']:,} of {counts['total']:,} parameters trained{head}"
@@ -62,7 +62,7 @@ def _describe_one(report: dict[str, Any]) -> Iterator[str]:
     yield f"{results['steps']} steps, {results['seconds_per_step']:.3g} s each (median), {memory:,.0f} MiB at most"
 
 
-def _describe_learned(learned: dict[str, Any]) -> str:
+def _describe_learned(learned: Mapping[str, Any]) -> str:
     metric = "accuracy" if "accuracy" in learned else "perplexity"
     before = learned["before"]
     return f"{metric} {before[metric]:.4g} before, {learned[metric]:.4g} after (loss {learned['loss']:.4g})"

@@ -7,8 +7,9 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,10 @@ from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import printable, table
 from deltaspec.options import AnalyzeOptions, TextOptions
+
+if TYPE_CHECKING:
+    from deltaspec.workflows.verification.recompute_matrix import CheckedMatrix
+    from deltaspec.workflows.verification.verify import Verification
 
 
 @click.command()
@@ -54,7 +59,7 @@ def verify(
         settings = TextOptions(field=field, tokens=tokens, device=options.device.split(",")[0])
         said = _divergence(base, tuned, adapter, text, options=settings, quiet=quiet)
     click.echo(json.dumps({**asdict(found), "divergence": said}) if as_json else _render(found, said))
-    if found.worse or found.missing or found.totals["error"] > 1:
+    if found.worse or found.missing or found.totals.error > 1:
         sys.exit(1)
 
 
@@ -64,39 +69,40 @@ def _divergence(
     """Run the three models, and say on stderr which one."""
     if text is None:
         return None
+    from deltaspec.workflows.shared.text_batches import Text
     from deltaspec.workflows.verification.divergence import divergence
 
     tell = None if quiet else partial(click.echo, err=True)
-    return asdict(divergence(base, tuned, adapter, text, options=options, progress=tell))
+    return asdict(divergence(base, tuned, adapter, Text(Path(text), options), progress=tell))
 
 
-def _render(found: Any, said: dict[str, Any] | None) -> str:
-    groups: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+def _render(found: Verification, said: dict[str, Any] | None) -> str:
+    groups: defaultdict[str, list[CheckedMatrix]] = defaultdict(list)
     for row in found.rows:
-        groups[row["role"]].append(row)
+        groups[row.role].append(row)
     rows = [
         {
             "role": role,
             "matrices": len(group),
-            "rank": median(row["rank"] for row in group),
-            "error": f"{median(row['error'] for row in group):.6f}",
-            "best": f"{median(row['optimum'] for row in group):.6f}",
-            "worst": f"{max(row['error'] for row in group):.6f}",
+            "rank": median(row.rank for row in group),
+            "error": f"{median(row.error for row in group):.6f}",
+            "best": f"{median(row.optimum for row in group):.6f}",
+            "worst": f"{max(row.error for row in group):.6f}",
         }
         for role, group in groups.items()
     ]
     totals = found.totals
-    parts = [table(rows), f"All matrices: error {totals['error']:.6f}, best at these ranks {totals['optimum']:.6f}."]
+    parts = [table(rows), f"All matrices: error {totals.error:.6f}, best at these ranks {totals.optimum:.6f}."]
     if said:
         parts.append(_say(said))
-    if totals["error"] > 1:
+    if totals.error > 1:
         parts.append("Worse than no adapter at all: does it belong to this base and tuned model, in this order?")
     if found.worse:
         parts.append(f"Worse than claimed: {', '.join(map(printable, found.worse))}.")
     if found.missing:
         parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
     if found.rest:
-        right = sum(row["right"] for row in found.rest)
+        right = sum(row.right for row in found.rest)
         parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")
     if found.claims and not found.worse and not found.missing:
         parts.append("As good as deltaspec.json claims.")

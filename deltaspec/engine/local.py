@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -53,6 +53,46 @@ def resolve_devices(device: str, workers: int = 0) -> list[torch.device]:
     return devices
 
 
+@dataclass(slots=True)
+class _Flight(Generic[T, R]):
+    """Items that wait, devices that are free, and what is under way, within a budget of bytes."""
+
+    waiting: list[T]
+    free: list[torch.device]
+    cost: Callable[[T], int]
+    budget: int
+    flying: dict[Future[R], tuple[T, torch.device, int]] = field(default_factory=dict)
+    retried: set[int] = field(default_factory=set)
+
+    def _needs(self, item: T) -> int:
+        return self.budget if id(item) in self.retried else self.cost(item)
+
+    def start(self, pool: ThreadPoolExecutor, function: Callable[[T, torch.device], R]) -> None:
+        """Give every free device the first item that fits beside what is under way; where nothing is, any item fits."""
+        while self.waiting and self.free:
+            used = sum(needed for *_, needed in self.flying.values())
+            fits = (i for i, item in enumerate(self.waiting) if used + self._needs(item) <= self.budget)
+            chosen = next(fits, None)
+            if chosen is None and self.flying:
+                break
+            item, device = self.waiting.pop(chosen or 0), self.free.pop()
+            self.flying[pool.submit(function, item, device)] = (item, device, self._needs(item))
+
+    def land(self, future: Future[R]) -> Outcome[T, R] | None:
+        """Return an item's end; None where it waits for a second try alone, out of CUDA memory the first time."""
+        item, device, _ = self.flying.pop(future)
+        self.free.append(device)
+        failure = future.exception()
+        if isinstance(failure, torch.OutOfMemoryError) and id(item) not in self.retried:
+            self.retried.add(id(item))
+            torch.cuda.empty_cache()
+            self.waiting.append(item)
+            return None
+        if failure is not None and not isinstance(failure, Exception):
+            raise failure
+        return Outcome(item, None if failure else future.result(), failure)
+
+
 def run(
     items: Sequence[T],
     function: Callable[[T, torch.device], R],
@@ -77,41 +117,17 @@ def run(
     budget : int
         Bytes in flight together; an item larger than the budget runs alone.
     """
-    waiting, free = list(items), list(devices)
-    retried: set[int] = set()
-    flying: dict[Future[R], tuple[T, torch.device, int]] = {}
-
-    def needs(item: T) -> int:
-        return budget if id(item) in retried else cost(item)
-
+    flight: _Flight[T, R] = _Flight(list(items), list(devices), cost, budget)
     threads = torch.get_num_threads()
-    with (
-        threadpool_limits(1),
-        ThreadPoolExecutor(len(devices), initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
+    workers = ThreadPoolExecutor(len(devices), initializer=torch.set_num_threads, initargs=(1,))
+    with threadpool_limits(1), workers as pool:
         try:
-            while waiting or flying:
-                while waiting and free:
-                    used = sum(bytes_ for *_, bytes_ in flying.values())
-                    chosen = next((i for i, item in enumerate(waiting) if used + needs(item) <= budget), None)
-                    if chosen is None and flying:
-                        break
-                    item, device = waiting.pop(chosen or 0), free.pop()
-                    flying[pool.submit(function, item, device)] = (item, device, needs(item))
-                done, _ = wait(flying, return_when=FIRST_COMPLETED)
-                for future in done:
-                    item, device, _ = flying.pop(future)
-                    free.append(device)
-                    failure = future.exception()
-                    if isinstance(failure, torch.OutOfMemoryError) and id(item) not in retried:
-                        retried.add(id(item))
-                        torch.cuda.empty_cache()
-                        waiting.append(item)
-                        continue
-                    if failure is not None and not isinstance(failure, Exception):
-                        raise failure
-                    yield Outcome(item, None if failure else future.result(), failure)
+            while flight.waiting or flight.flying:
+                flight.start(pool, function)
+                for future in wait(flight.flying, return_when=FIRST_COMPLETED).done:
+                    if outcome := flight.land(future):
+                        yield outcome
         finally:
-            for future in flying:
+            for future in flight.flying:
                 future.cancel()
             torch.set_num_threads(threads)  # a worker's setting reaches MKL in the whole process

@@ -20,8 +20,14 @@ Integers = NDArray[np.int64]
 class Unit:
     """One matrix, or several that must share one rank (a stack of experts).
 
-    ``energies`` (k,) are σᵢ² in descending order, summed over the unit's matrices; ``cost`` is what one more rank
-    costs in parameters, d_out + d_in for each matrix; ``weight`` multiplies its energies, 1/‖W‖² for relative changes.
+    Attributes
+    ----------
+    energies : ndarray, (k,), float64
+        σᵢ² in descending order, summed over the unit's matrices, in squared units of the weights.
+    cost : int
+        What one more rank costs in parameters, d_out + d_in for each matrix.
+    weight : float
+        Multiplies its energies: 1/‖W‖² makes changes relative.
     """
 
     energies: Vector
@@ -33,10 +39,28 @@ class Unit:
 class Allocation:
     """Ranks that a budget buys, and how far from the best they can be.
 
-    ``ranks`` has one rank for each unit; ``spent`` and ``leftover`` are parameters. ``captured`` and ``total`` are
-    Σ weight·σ² of what is kept and of everything. ``next_density`` is the weighted energy per parameter of the first
-    direction that the budget refused. No allocation of this budget captures more than ``captured + loss_bound``;
-    ``exact`` says that none captures more at all.
+    Attributes
+    ----------
+    ranks : tuple of int
+        One for each unit.
+    spent, leftover : int
+        Parameters.
+    captured, total : float
+        Σ weight·σ² of what is kept and of everything.
+    next_density : float
+        The weighted energy per parameter of the first direction that the budget refused.
+    loss_bound : float
+        No allocation of this budget captures more than ``captured + loss_bound``.
+    exact : bool
+        None captures more at all.
+
+    Notes
+    -----
+    Inside a unit densities do not increase, so every prefix of all directions, sorted by density, is feasible. By an
+    exchange argument the longest one that fits captures at most leftover × next_density less than the best allocation
+    does, and what the leftover buys is deducted from that. All costs are multiples of their greatest common divisor, so
+    only whole multiples of it count as left over: with equal costs the prefix is always the best, as it is wherever it
+    exhausts the budget.
     """
 
     ranks: tuple[int, ...]
@@ -53,7 +77,8 @@ def allocate_ranks(units: Sequence[Unit], budget: int, *, min_rank: int = 0, max
     """Choose ranks that maximise Σ_l Σ_{i≤r_l} w_l·σ²_{l,i} subject to Σ r_l·c_l ≤ budget.
 
     Directions of all units are sorted by w·σ²/c (stable: equal ones in the order given), and the longest prefix that
-    fits is taken; what is left then buys later directions that fit, the densest first.
+    fits is taken; what is left then buys later directions that fit, the densest first. A unit's tail under k·eps of its
+    energy is rounding (``ranks.rank_for_energy``) and is never bought.
 
     Parameters
     ----------
@@ -68,39 +93,39 @@ def allocate_ranks(units: Sequence[Unit], budget: int, *, min_rank: int = 0, max
     OptionError
         If the budget does not pay for the minimum, or for no direction at all.
 
-    Notes
-    -----
-    A unit's tail under k·eps of its energy is rounding (``ranks.rank_for_energy``) and is never bought.
-
-    Inside a unit densities do not increase, so every prefix is feasible. By an exchange argument the prefix captures
-    at most leftover × next_density less than the best allocation does, and what the leftover buys is deducted from
-    that. All costs are multiples of their greatest common divisor, so only whole multiples of it count as left over:
-    with equal costs the prefix is always the best, as it is wherever it exhausts the budget.
+    Examples
+    --------
+    >>> found = allocate_ranks([Unit(np.array([9.0, 1.0]), cost=4), Unit(np.array([4.0, 4.0]), cost=2)], budget=8)
+    >>> found.ranks, found.captured, found.exact
+    ((1, 2), 17.0, True)
     """
     chosen = [_usable(unit, max_rank) for unit in units]
     ranks = np.array([min(min_rank, len(energies)) for energies in chosen], dtype=np.int64)
     costs = np.array([unit.cost for unit in units], dtype=np.int64)
-    forced = int(ranks @ costs)
-    _check(chosen, costs, budget=budget, forced=forced, min_rank=min_rank)
+    _check(chosen, costs, budget=budget, forced=int(ranks @ costs), min_rank=min_rank)
     densities = [energies / unit.cost for energies, unit in zip(chosen, units, strict=True)]
-    owner = np.repeat(np.arange(len(units)), [len(d) - r for d, r in zip(densities, ranks, strict=True)])
-    pool = np.concatenate([d[r:] for d, r in zip(densities, ranks, strict=True)] or [np.zeros(0)])
-    order = np.argsort(-pool, kind="stable")
-    paid = np.cumsum(costs[owner[order]])
-    taken = int(np.searchsorted(paid, budget - forced, side="right"))
-    ranks += np.bincount(owner[order[:taken]], minlength=len(units)).astype(np.int64)
+    next_density = _take_prefix(ranks, densities, costs, budget)
     leftover = budget - int(ranks @ costs)
-    next_density = float(pool[order[taken]]) if taken < len(order) else 0.0
     step = math.gcd(*costs[[len(energies) > 0 for energies in chosen]].tolist()) or 1
     bound = (leftover - leftover % step) * next_density
     gain = _fill(ranks, densities, costs, leftover) if next_density else 0.0
-    spent = int(ranks @ costs)
+    spent, loss = int(ranks @ costs), max(0.0, bound - gain)
     captured = math.fsum(float(energies[:r].sum()) for energies, r in zip(chosen, ranks, strict=True))
     total = math.fsum(unit.weight * float(unit.energies.sum()) for unit in units)
-    loss = max(0.0, bound - gain)
     return Allocation(
         tuple(ranks.tolist()), spent, budget - spent, captured, total, next_density, loss, exact=loss == 0.0
     )
+
+
+def _take_prefix(ranks: Integers, densities: Sequence[Vector], costs: Integers, budget: int) -> float:
+    """Raise ranks by the densest directions of all units while they fit; return the density of the next one."""
+    owner = np.repeat(np.arange(len(ranks)), [len(d) - r for d, r in zip(densities, ranks, strict=True)])
+    pool = np.concatenate([d[r:] for d, r in zip(densities, ranks, strict=True)] or [np.zeros(0)])
+    order = np.argsort(-pool, kind="stable")
+    paid = np.cumsum(costs[owner[order]])
+    taken = int(np.searchsorted(paid, budget - int(ranks @ costs), side="right"))
+    ranks += np.bincount(owner[order[:taken]], minlength=len(ranks)).astype(np.int64)
+    return float(pool[order[taken]]) if taken < len(order) else 0.0
 
 
 def _usable(unit: Unit, max_rank: int | None) -> Vector:
@@ -156,6 +181,11 @@ def uniform_rank(units: Sequence[Unit], budget: int, *, min_rank: int = 0, max_r
     ------
     OptionError
         If the budget does not pay for the minimum, or for rank 1.
+
+    Examples
+    --------
+    >>> uniform_rank([Unit(np.array([9.0, 1.0]), cost=4), Unit(np.array([4.0, 4.0]), cost=2)], budget=11)
+    1
     """
     changed = [unit for unit in units if unit.energies.size and unit.energies[0] > 0]
     step, least = sum(unit.cost for unit in changed), max(min_rank, 1)

@@ -1,18 +1,16 @@
-"""A truncation as the two factors that are stored, and how good these are: balance, cast, measure, join."""
+"""A truncation as the two factors that are stored: balance, cast, pad, join."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError
-from deltaspec.linalg.svd import Blocks
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.types import LowRankDelta, Truncation
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Factors = tuple[Tensor, Tensor]  # lora_A (r, d_in), lora_B (d_out, r), of a scaling of 1
 
 
@@ -29,33 +27,18 @@ def balance(truncation: Truncation, rank: int) -> LowRankDelta:
     -------
     LowRankDelta
         Float64, contiguous; ranks of one truncation are slices of each other.
+
+    Examples
+    --------
+    >>> from deltaspec.linalg.truncated import truncate_product
+    >>> column, row = torch.tensor([[0.0], [2.0]]).double(), torch.tensor([[3.0, 0.0, 4.0]]).double()
+    >>> factors = balance(truncate_product(column, row, rank=1), 1)
+    >>> round(float(factors.lora_A.norm()), 6), round(float(factors.lora_B.norm()), 6)  # √σ each, and σ = 2·5
+    (3.162278, 3.162278)
     """
     root = truncation.singular_values[:rank].double().sqrt()
     lora_A = root[:, None] * truncation.right[:, :rank].double().mT
     return LowRankDelta(lora_A.contiguous(), (truncation.left[:, :rank].double() * root).contiguous())
-
-
-def optimum(truncation: Truncation, rank: int) -> float:
-    """Relative error of the best approximation of a rank, √(Σ_{i>r} σᵢ²)/‖ΔW‖: what nothing of that rank can beat.
-
-    Parameters
-    ----------
-    truncation : Truncation
-        With all singular values it is exact; otherwise its own residual, less its estimated excess.
-    rank : int
-        At most that of the truncation, unless it holds all values.
-
-    References
-    ----------
-    Eckart & Young, The approximation of one matrix by another of lower rank, Psychometrika 1936.
-    """
-    if truncation.energy == 0.0:
-        return 0.0
-    if truncation.values is not None:
-        rest, beyond = truncation.values[rank:], 0.0
-    else:
-        rest, beyond = truncation.singular_values[rank:], truncation.residual / (1 + truncation.excess) ** 2
-    return math.sqrt((float(rest.double().flip(0).square().sum()) + beyond) / truncation.energy)
 
 
 def cast_factors(factors: LowRankDelta, dtype: str) -> Factors:
@@ -66,7 +49,7 @@ def cast_factors(factors: LowRankDelta, dtype: str) -> Factors:
     factors : LowRankDelta
         Float64.
     dtype : str
-        A name in DTYPES.
+        bf16, fp16 or fp32.
 
     Returns
     -------
@@ -79,8 +62,8 @@ def cast_factors(factors: LowRankDelta, dtype: str) -> Factors:
         If a factor holds NaN or infinity or overflows, or directions that carry more of ΔW than rounding loses
         anyway vanish; the caller adds the matrix's name.
     """
-    pair = factors.lora_A.to(DTYPES[dtype]), factors.lora_B.to(DTYPES[dtype])
-    limits = torch.finfo(DTYPES[dtype])
+    kind = OPTIONS[dtype].torch
+    pair, limits = (factors.lora_A.to(kind), factors.lora_B.to(kind)), torch.finfo(kind)
     for name, before, after in zip(("lora_A", "lora_B"), (factors.lora_A, factors.lora_B), pair, strict=True):
         if bool(torch.isfinite(after).all()):
             continue
@@ -104,82 +87,6 @@ def cast_factors(factors: LowRankDelta, dtype: str) -> Factors:
     return pair
 
 
-def stored_errors(
-    blocks: Blocks,
-    shape: tuple[int, int],
-    factors: Sequence[Factors],
-    *,
-    device: torch.device,
-    energy: float | None = None,
-) -> list[float]:
-    """Measure the relative error ‖ΔW - B·A‖_F/‖ΔW‖_F of stored factors in float64, in one pass over ΔW.
-
-    Parameters
-    ----------
-    blocks : callable
-        Each call starts again over ΔW in float64 blocks on ``device`` along its longer axis: rows of a tall ΔW,
-        columns of a wide one; they are read, not written.
-    shape : (d_out, d_in)
-    factors : sequence of (lora_A, lora_B)
-        As stored, of any rank and dtype.
-    device : torch.device
-    energy : float, optional
-        ‖ΔW‖²_F, summed in the same pass where it is not given. Of a zero ΔW the error of a zero product is 0, and that
-        of any other infinite.
-
-    Notes
-    -----
-    The difference itself, not ‖ΔW‖² - 2⟨ΔW, BA⟩ + ‖BA‖²: that loses all digits of errors under 1e-7, and took no less
-    time (4096², one thread: r = 16 .070 s against .082, r = 64 .167 against .165).
-    """
-    pairs = [(lora_A.to(device).double(), lora_B.to(device).double()) for lora_A, lora_B in factors]
-    sums = torch.zeros(len(pairs) + 1, dtype=torch.float64, device=device)  # the last is ‖ΔW‖²
-    tall, start = shape[0] >= shape[1], 0
-    scratch = torch.empty(0, dtype=torch.float64, device=device)
-    for block in blocks():
-        stop = start + block.shape[0 if tall else 1]
-        if scratch.numel() < block.numel():
-            scratch = torch.empty(block.numel(), dtype=torch.float64, device=device)
-        room = scratch[: block.numel()]
-        if energy is None:
-            sums[-1] += block.square().sum()
-        for i, (lora_A, lora_B) in enumerate(pairs):
-            rows, columns = (lora_B[start:stop], lora_A) if tall else (lora_B, lora_A[:, start:stop])
-            torch.addmm(block, rows, columns, alpha=-1, out=room.view(block.shape))
-            sums[i] += torch.dot(room, room)
-        start = stop
-    *found, total = sums.tolist()
-    return [_relative(value, total if energy is None else energy) for value in found]
-
-
-def product_error(delta: LowRankDelta, factors: Factors, *, energy: float) -> float:
-    """Measure ‖ΔW - B·A‖_F/‖ΔW‖_F where ΔW is itself a low-rank product; neither is formed.
-
-    Parameters
-    ----------
-    delta : LowRankDelta
-        ΔW, float64.
-    factors : (lora_A, lora_B)
-        As stored.
-    energy : float
-        ‖ΔW‖²_F.
-
-    Notes
-    -----
-    [B₁ -B₂]·[A₁; A₂] has the norm of R_B·R_Aᵀ, with R of the QR of either stack.
-    """
-    lora_A, lora_B = (factor.to(delta.lora_A.device).double() for factor in factors)
-    left = torch.linalg.qr(torch.cat([delta.lora_B, -lora_B], dim=1), mode="r").R
-    right = torch.linalg.qr(torch.cat([delta.lora_A, lora_A]).mT, mode="r").R
-    return _relative(float((left @ right.mT).square().sum()), energy)
-
-
-def _relative(squared_error: float, energy: float) -> float:
-    if energy == 0.0:
-        return math.inf if squared_error else 0.0
-    return math.sqrt(squared_error / energy)
-
-
 def pad(lora_A: Tensor, lora_B: Tensor, rank: int) -> Factors:
     """Add directions of zeros up to a rank; the product stays the same.
 
@@ -188,6 +95,17 @@ def pad(lora_A: Tensor, lora_B: Tensor, rank: int) -> Factors:
     lora_A : Tensor, (r, d_in)
     lora_B : Tensor, (d_out, r)
     rank : int, at least r
+
+    Returns
+    -------
+    lora_A : Tensor, (rank, d_in)
+    lora_B : Tensor, (d_out, rank)
+
+    Examples
+    --------
+    >>> lora_A, lora_B = pad(torch.ones(1, 3), torch.ones(2, 1), 2)
+    >>> tuple(lora_A.shape), tuple(lora_B.shape), (lora_B @ lora_A).tolist()
+    ((2, 3), (2, 2), [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
     """
     more = rank - lora_A.shape[0]
     rows, columns = lora_A.new_zeros(more, lora_A.shape[1]), lora_B.new_zeros(lora_B.shape[0], more)
@@ -208,6 +126,13 @@ def block_diagonal(parts: Sequence[tuple[Tensor, Tensor, Tensor]], *, rows: int)
     -------
     lora_A : Tensor, (Σr_i, d_in)
     lora_B : Tensor, (rows, Σr_i)
+
+    Examples
+    --------
+    >>> part = torch.ones(1, 2), torch.ones(1, 1)
+    >>> lora_A, lora_B = block_diagonal([(*part, torch.tensor([0])), (*part, torch.tensor([2]))], rows=3)
+    >>> lora_B.tolist()
+    [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
     """
     lora_A = torch.cat([part for part, _, _ in parts])
     lora_B = lora_A.new_zeros(rows, lora_A.shape[0])

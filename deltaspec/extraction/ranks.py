@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from deltaspec.options import RankOptions
+from deltaspec.types import Truncation
 
 EPS = float(torch.finfo(torch.float64).eps)
 
@@ -15,9 +18,16 @@ EPS = float(torch.finfo(torch.float64).eps)
 class Policy:
     """One way to choose ranks.
 
-    ``function`` takes (values, energy, amount) of one matrix and returns its rank; None where a budget is spent over
-    all matrices at once (``budget.allocate_ranks``). ``needs`` is what must be known first: ``top`` (the amount alone),
-    ``values`` (all singular values of this matrix) or ``all`` (every spectrum of the model).
+    Attributes
+    ----------
+    function : callable or None
+        Takes (values, energy, amount) of one matrix and returns its rank; None where a budget is spent over all
+        matrices at once (``budget.allocate_ranks``).
+    description, unit : str
+        What it does, and what its amount is.
+    needs : str
+        What must be known first: ``top`` (the amount alone), ``values`` (all singular values of this matrix) or ``all``
+        (every spectrum of the model).
     """
 
     function: Callable[[Tensor, float, float], int] | None
@@ -41,6 +51,12 @@ def rank_for_energy(values: Tensor, energy: float, share: float) -> int:
     -----
     Decided on tails Σ_{i>r} σᵢ², summed from the small end. A tail under k·eps of the energy counts as zero: rounding
     leaves .01 to .1 of that in the eigenvalues of a Gram matrix, and an update of exact rank 8 needs 8 for all of it.
+
+    Examples
+    --------
+    >>> values = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    >>> [rank_for_energy(values, 10.0, share) for share in (0.5, 0.9, 0.95, 1.0)]
+    [1, 1, 2, 2]
     """
     return _least(values, energy, (1 - share) * energy)
 
@@ -56,6 +72,15 @@ def rank_for_error(values: Tensor, energy: float, error: float) -> int:
         ‖ΔW‖²_F, float64.
     error : float, in (0, 1]
         Below √(k·eps), 1e-6 at k = 4096, no larger rank is asked for: see ``rank_for_energy``.
+
+    References
+    ----------
+    Eckart & Young, The approximation of one matrix by another of lower rank, Psychometrika 1936.
+
+    Examples
+    --------
+    >>> rank_for_error(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64), 10.0, 0.2)
+    2
     """
     return _least(values, energy, error * error * energy)
 
@@ -80,6 +105,11 @@ def rank_above(values: Tensor, edge: float) -> int:
         In units of the weights.
     edge : float
         The largest singular value that storage rounding alone explains, in the same unit.
+
+    Examples
+    --------
+    >>> rank_above(torch.tensor([3.0, 1.0, 0.5]), 0.5)
+    2
     """
     return int((values > edge).sum())
 
@@ -94,6 +124,11 @@ def clamp(rank: int, *, minimum: int, maximum: int, side: int) -> int:
         0 is none.
     side : int
         min(d_out, d_in).
+
+    Examples
+    --------
+    >>> [clamp(rank, minimum=4, maximum=8, side=6) for rank in (2, 5, 9)]
+    [4, 5, 6]
     """
     return min(max(rank, minimum), maximum or side, side)
 
@@ -116,3 +151,67 @@ POLICIES = {
     "params": Policy(None, "so many numbers in all factors, where they keep most energy", "numbers", "all"),
     "size": Policy(None, "so many bytes in all factors, where they keep most energy", "bytes", "all"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """How many directions of one matrix each of several adapters takes: given, or chosen from its singular values.
+
+    Attributes
+    ----------
+    amounts : mapping
+        Label of each adapter → its policy's amount, or this matrix's rank where ``given``.
+    given : bool
+        Ranks are known: a budget bought them.
+    options : RankOptions
+        The policy, with bounds of ranks that it chooses.
+    side : int
+        min(d_out, d_in), or the rank of stored factors: no rank is larger.
+    edge : callable
+        Returns the largest singular value that storage rounding alone explains; asked by one policy alone.
+
+    Examples
+    --------
+    >>> choice = RankChoice({"energy-0.9": 0.9, "energy-1": 1.0}, False, RankOptions("energy", (0.9, 1.0)), side=3)
+    >>> choice.choose(torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64))
+    {'energy-0.9': 1, 'energy-1': 2}
+    """
+
+    amounts: Mapping[str, float]
+    given: bool
+    options: RankOptions
+    side: int
+    edge: Callable[[], float] = float
+
+    @property
+    def known(self) -> dict[str, int] | None:
+        """Each adapter's rank, where it does not depend on the singular values; else None."""
+        if self.given:
+            return {label: min(int(rank), self.side) for label, rank in self.amounts.items()}
+        if self.options.policy == "rank":
+            return {label: self._clamp(int(amount)) for label, amount in self.amounts.items()}
+        return None
+
+    def choose(self, values: Tensor) -> dict[str, int]:
+        """Return each adapter's rank from all singular values, (k,) float64, descending; 0 for a zero matrix."""
+        energy, policy = float(values.square().sum()), POLICIES[self.options.policy]
+        if policy.function is None or not energy:
+            return {label: self._clamp(0) if energy else 0 for label in self.amounts}
+        above = self.options.policy == "above_rounding"
+        asked = {label: self.edge() if above else amount for label, amount in self.amounts.items()}
+        return {label: self._clamp(policy.function(values, energy, amount)) for label, amount in asked.items()}
+
+    @property
+    def largest(self) -> int | Callable[[Tensor], int]:
+        """The largest rank, as ``linalg.truncated.truncate`` wants it: a number, or what chooses it from the values."""
+        return max(self.known.values()) if self.known else lambda values: max(self.choose(values).values())
+
+    def settle(self, found: Truncation) -> dict[str, int]:
+        """Return the ranks that a truncation of the largest one really has: no more directions than it holds."""
+        ranks, held = self.known, found.singular_values.numel()
+        if ranks is None:
+            ranks = dict.fromkeys(self.amounts, 0) if found.values is None else self.choose(found.values)
+        return {label: min(rank, held) for label, rank in ranks.items()}
+
+    def _clamp(self, rank: int) -> int:
+        return clamp(rank, minimum=self.options.minimum, maximum=self.options.maximum, side=self.side)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError
-from deltaspec.extraction.factors import Factors, stored_errors
+from deltaspec.extraction.factor_errors import locate_blocks, stored_errors
+from deltaspec.extraction.factors import Factors
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import Blocks
 from deltaspec.linalg.truncated import Rank, truncate
@@ -65,6 +66,13 @@ def weigh(blocks: Blocks, shape: tuple[int, int], moments: Tensor, *, device: to
     ------
     NumericalError
         If S has another shape, holds NaN or infinity, or has clearly negative eigenvalues.
+
+    Examples
+    --------
+    >>> delta, moments = torch.ones(1, 2).double(), torch.diag(torch.tensor([4.0, 9.0]))
+    >>> weighted = weigh(lambda: iter([delta]), (1, 2), moments, device=torch.device("cpu"))
+    >>> torch.cat(list(weighted.blocks()), dim=1).round(decimals=6).tolist()
+    [[2.0, 3.0]]
     """
     root = factor_moments(moments.to(device), shape[1])
     if shape[0] * shape[1] > WHOLE and shape[0] >= shape[1]:
@@ -90,14 +98,13 @@ def factor_moments(moments: Tensor, d_in: int) -> Tensor:
     T is never inverted, so that S may be singular, and any T of this product serves. A Cholesky factor took .24 s at
     2048², an eigendecomposition 4.2; δ gives directions that no input has a weight at the level of S's rounding. The
     error that inputs see exceeded the optimum by at most 2e-5, with outlier channels 10⁴ above the rest.
+
+    Examples
+    --------
+    >>> factor_moments(torch.tensor([[4.0, 2.0], [2.0, 2.0]]), 2).round(decimals=6).tolist()
+    [[2.0, 0.0], [1.0, 1.0]]
     """
-    if tuple(moments.shape) != (d_in, d_in):
-        message = f"the second moments of its inputs have shape {tuple(moments.shape)}, expected ({d_in}, {d_in})."
-        raise NumericalError(message)
-    scale = float(torch.linalg.matrix_norm(moments.double()))
-    if not scale < float("inf"):
-        message = "the second moments of its inputs hold NaN or infinity: calibrate again."
-        raise NumericalError(message)
+    scale = _check_moments(moments, d_in)
     shifted = moments.double().clone()
     if scale == 0.0:
         return shifted.fill_diagonal_(1.0)
@@ -117,6 +124,18 @@ def factor_moments(moments: Tensor, d_in: int) -> Tensor:
     raise NumericalError(message)
 
 
+def _check_moments(moments: Tensor, d_in: int) -> float:
+    """Return ‖S‖ of second moments that are finite and of the right shape."""
+    if tuple(moments.shape) != (d_in, d_in):
+        message = f"the second moments of its inputs have shape {tuple(moments.shape)}, expected ({d_in}, {d_in})."
+        raise NumericalError(message)
+    scale = float(torch.linalg.matrix_norm(moments.double()))
+    if not scale < float("inf"):
+        message = "the second moments of its inputs hold NaN or infinity: calibrate again."
+        raise NumericalError(message)
+    return scale
+
+
 def _cut(matrix: Tensor) -> Iterator[Tensor]:
     """Cut a matrix into blocks along its longer axis."""
     axis = 0 if matrix.shape[0] >= matrix.shape[1] else 1
@@ -126,21 +145,18 @@ def _cut(matrix: Tensor) -> Iterator[Tensor]:
 
 def _product(blocks: Blocks, shape: tuple[int, int], root: Tensor) -> Tensor:
     """Form ΔW·T whole, leaving out most of what T's zeros would add: up to half the work."""
-    product = torch.zeros(shape, dtype=torch.float64, device=root.device)
-    tall, start = shape[0] >= shape[1], 0
-    for block in blocks():
-        stop = start + block.shape[0 if tall else 1]
+    product, tall = torch.zeros(shape, dtype=torch.float64, device=root.device), shape[0] >= shape[1]
+    for span, block in locate_blocks(blocks, shape):
         if tall:
             for at in range(0, shape[1], STRIP):
-                product[start:stop, at : at + STRIP] = block[:, at:] @ root[at:, at : at + STRIP]
+                product[span, at : at + STRIP] = block[:, at:] @ root[at:, at : at + STRIP]
         else:
-            product[:, :stop].addmm_(block, root[start:stop, :stop])
-        start = stop
+            product[:, : span.stop].addmm_(block, root[span, : span.stop])
     return product
 
 
 def truncate_weighted(
-    blocks: Blocks, shape: tuple[int, int], moments: Tensor, *, device: torch.device, rank: Rank, seed: int = 0
+    blocks: Blocks, shape: tuple[int, int], moments: Tensor, *, device: torch.device, rank: Rank
 ) -> WeightedTruncation:
     """Minimise ‖(ΔW - M)·S^½‖_F over M of rank r: M = U·UᵀΔW with U the top left singular vectors of ΔW·T.
 
@@ -154,7 +170,6 @@ def truncate_weighted(
     device : torch.device
     rank : int or callable
         The largest rank wanted; a callable chooses it from all singular values of ΔW·T.
-    seed : int
 
     Raises
     ------
@@ -166,24 +181,20 @@ def truncate_weighted(
     Wang et al., SVD-LLM, ICLR 2025, section 3.1, for the inverting form [ΔW·T]_r·T⁻¹: the same M where T has one.
     """
     weighted = weigh(blocks, shape, moments, device=device)
-    truncation = truncate(weighted.blocks, shape, device=device, rank=rank, seed=seed)
-    left = truncation.left.to(device)
-    projected, energy = _project(blocks(), left, shape)
+    truncation = truncate(weighted.blocks, shape, device=device, rank=rank)
+    projected, energy = _project(blocks, truncation.left.to(device), shape)
     return WeightedTruncation(truncation, projected.cpu(), energy, weighted)
 
 
-def _project(blocks: Iterable[Tensor], left: Tensor, shape: tuple[int, int]) -> tuple[Tensor, float]:
+def _project(blocks: Blocks, left: Tensor, shape: tuple[int, int]) -> tuple[Tensor, float]:
     """UᵀΔW and ‖ΔW‖² in one pass."""
-    projected = left.new_zeros(left.shape[1], shape[1])
-    tall, start, energy = shape[0] >= shape[1], 0, left.new_zeros(())
-    for block in blocks:
-        stop = start + block.shape[0 if tall else 1]
+    projected, energy, tall = left.new_zeros(left.shape[1], shape[1]), left.new_zeros(()), shape[0] >= shape[1]
+    for span, block in locate_blocks(blocks, shape):
         if tall:
-            projected.addmm_(left[start:stop].mT, block)
+            projected.addmm_(left[span].mT, block)
         else:
-            projected[:, start:stop] = left.mT @ block
+            projected[:, span] = left.mT @ block
         energy += block.square().sum()
-        start = stop
     return projected, float(energy)
 
 
@@ -219,6 +230,11 @@ def weighted_errors(
     device : torch.device
     energy : float, optional
         ‖ΔW·S^½‖²_F, where it is known: the energy of the weighted truncation.
+
+    Returns
+    -------
+    list of float
+        One for each pair of factors.
     """
     seen = [(lora_A.to(device).double() @ weighted.root, lora_B) for lora_A, lora_B in factors]
     return stored_errors(weighted.blocks, weighted.shape, seen, device=device, energy=energy)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from deltaspec.errors import CheckpointError
 from deltaspec.files.atomic import whole_file
-from deltaspec.files.dtypes import DTYPES, TORCH
+from deltaspec.files.dtypes import DTYPES, name_of
 from deltaspec.types import Entry
 
+STORABLE = [dtype.name for dtype in DTYPES.values() if dtype.storable and hasattr(torch, dtype.kind)]
 SAVED = {"format": "pt"}  # what transformers looks for before it loads
 
 
@@ -61,11 +62,10 @@ def size_of(dtype: str, *, name: str) -> int:
     CheckpointError
         If the safetensors format has no such dtype.
     """
-    if dtype not in TORCH:
-        message = f"Cannot write '{name}' as {dtype}: safetensors stores {', '.join(TORCH)}; cast it with --dtype."
+    if dtype not in STORABLE:
+        message = f"Cannot write '{name}' as {dtype}: safetensors stores {', '.join(STORABLE)}; cast it with --dtype."
         raise CheckpointError(message)
-    kind: torch.dtype = TORCH[dtype]
-    return kind.itemsize
+    return DTYPES[dtype].width
 
 
 def _header(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | None) -> bytes:
@@ -85,7 +85,7 @@ def _header(path: Path, entries: Sequence[Entry], metadata: dict[str, str] | Non
 
 def _write_tensor(stream: BinaryIO, entry: Entry, *, path: Path) -> None:
     tensor: Tensor = entry.read()
-    if tuple(tensor.shape) != entry.shape or tensor.dtype != TORCH[entry.dtype]:
+    if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype].torch:
         message = (
             f"Cannot write '{entry.name}' into '{path}': expected shape {entry.shape} and dtype {entry.dtype}, found "
             f"{tuple(tensor.shape)} and {tensor.dtype}; its source has changed since it was opened, start again."
@@ -97,6 +97,9 @@ def _write_tensor(stream: BinaryIO, entry: Entry, *, path: Path) -> None:
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
     """Write tensors to one safetensors file, whole or not at all."""
-    kinds = {name: DTYPES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
-    entries = [Entry(n, tuple(t.shape), kinds[n], partial(tensors.__getitem__, n)) for n, t in tensors.items()]
-    write_safetensors(file, entries, metadata=metadata)
+    write_safetensors(file, list_entries(tensors), metadata=metadata)
+
+
+def list_entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
+    """Return tensors that are in memory as what ``write_safetensors`` takes."""
+    return [Entry(n, tuple(t.shape), name_of(t.dtype), partial(tensors.__getitem__, n)) for n, t in tensors.items()]

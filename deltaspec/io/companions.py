@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
-from deltaspec.files.atomic import unwritten, whole_file
+from deltaspec.files.atomic import unwritten, write_whole
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io import hub
 from deltaspec.io.shards import PICKLED
 from deltaspec.types import Checkpoint
@@ -17,7 +18,6 @@ from deltaspec.types import Checkpoint
 WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt", ".nemo", ".distcp")
 OTHERS = (".metadata", ".index.json", ".ckpt.index", ".tmp", ".zip", ".tar", ".npz", ".tflite", ".mlmodel")
 CONFIG = "config.json"
-NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def is_companion(name: str) -> bool:
@@ -65,8 +65,7 @@ def copy_companions(files: list[Path], folder: Path, *, config: dict[str, Any] |
     """
     for path in files:
         if config is not None and path.name == CONFIG:
-            with whole_file(folder / CONFIG) as stream:
-                stream.write((json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+            write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
             continue
         try:
             shutil.copyfile(path, folder / path.name)
@@ -92,7 +91,7 @@ def adjust_config(
     changed: dict[str, Any] = json.loads(json.dumps(config))
     for scope in (changed, *(inner for inner in changed.values() if isinstance(inner, dict))):
         if dtype != "auto":
-            scope.update({key: NAMES[dtype] for key in ("dtype", "torch_dtype") if key in scope})
+            scope.update({key: OPTIONS[dtype].kind for key in ("dtype", "torch_dtype") if key in scope})
         if vocabulary and scope.get("vocab_size") == vocabulary[0]:
             scope["vocab_size"] = vocabulary[1]
         if untied and ("tie_word_embeddings" in scope or scope is changed):

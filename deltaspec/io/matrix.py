@@ -43,8 +43,12 @@ class StoredMatrix:
         self.shape = view.shape
         self.dtype = spec.dtype
         self._start = view.start if view.groups == 1 else None  # rows in one piece need no copy
-        self._whole = _orient(read_tensor(spec), view, spec=spec)
-        self._ids = _row_ids(self._whole.shape[0], view, spec=spec)
+        stored = read_tensor(spec)
+        try:
+            self._whole = view.orient(stored)
+            self._ids = view.take(torch.arange(self._whole.shape[0]))
+        except ValueError as cause:
+            raise _unfit(spec, view, str(cause)) from cause
         found = (len(self._ids), self._whole.shape[1])
         if found != view.shape:
             raise _unfit(spec, view, f"found {found}")
@@ -120,7 +124,10 @@ def read_low_rank(source: LowRankSource) -> LowRankDelta:
         lora_A, lora_B = lora_A.to(torch.float64), lora_B.to(torch.float64)  # of a stack, one expert's alone
         if term.embedding or (term.experts and source.view.transposed):
             lora_A, lora_B = lora_B.mT, lora_A.mT
-        lora_B = lora_B[_row_ids(lora_B.shape[0], source.view, spec=term.lora_B)]
+        try:
+            lora_B = source.view.take(lora_B)
+        except ValueError as cause:
+            raise _unfit(term.lora_B, source.view, str(cause)) from cause
         found = (lora_B.shape[0], lora_A.shape[1])
         if lora_B.shape[1] != lora_A.shape[0] or found != source.view.shape:
             raise _unfit(term.lora_B, source.view, f"found {found} at ranks {lora_B.shape[1]} and {lora_A.shape[0]}")
@@ -137,27 +144,6 @@ def _unfold(lora_A: Tensor, lora_B: Tensor, term: LowRankTerm, view: View) -> tu
     return lora_A.view(count, -1, lora_A.shape[1])[expert], lora_B.reshape(lora_B.shape[0], -1, count)[:, :, expert]
 
 
-def _orient(stored: Tensor, view: View, *, spec: TensorSpec) -> Tensor:
-    """Take the expert, flatten trailing axes, transpose: all rows of the stored matrix, (groups·rows, d_in)."""
-    if view.expert is not None:
-        if stored.ndim < 3 or not 0 <= view.expert < stored.shape[0]:
-            raise _unfit(spec, view, f"it has no expert {view.expert}")
-        stored = stored[view.expert]
-    if stored.ndim < 2:
-        raise _unfit(spec, view, "it is no matrix")
-    flat = stored.flatten(1)
-    return flat.mT if view.transposed else flat
-
-
-def _row_ids(length: int, view: View, *, spec: TensorSpec) -> Tensor:
-    """Return which of the stored rows are the view's, (d_out,): start:stop of each of its groups."""
-    height = length // max(view.groups, 1)
-    stop = height if view.stop is None else view.stop
-    if view.groups < 1 or length % view.groups or not 0 <= view.start <= stop <= height:
-        raise _unfit(spec, view, f"{length} rows in {view.groups} groups have no rows {view.start} to {stop} each")
-    return torch.arange(length).view(view.groups, height)[:, view.start : stop].reshape(-1)
-
-
 def _read_scale(
     spec: TensorSpec, companion: TensorSpec, whole: Tensor, *, view: View
 ) -> tuple[Tensor, tuple[int, int]]:
@@ -165,7 +151,10 @@ def _read_scale(
     scale = read_tensor(companion).to(torch.float64).reshape(scale_grid(spec.shape, companion.shape))
     if view.expert is not None and scale.shape[0] == 1:
         scale = scale.expand(spec.shape[0], *scale.shape[1:])
-    scale = _orient(scale, view, spec=companion)
+    try:
+        scale = view.orient(scale)
+    except ValueError as cause:
+        raise _unfit(companion, view, str(cause)) from cause
     rows, columns = spec.block or (1, 1)
     default = (columns, rows) if view.transposed else (rows, columns)
     block = fit_block(tuple(whole.shape), tuple(scale.shape), default)

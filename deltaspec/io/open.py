@@ -12,9 +12,9 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file, tensor_reader
-from deltaspec.io import hub, kohya, peft, pickled, shards
+from deltaspec.io import hub, kohya, peft, shards
 from deltaspec.io.quantised import attach_scales, check_config
-from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.types import Checkpoint, ForeignAdapter, Opened, SourceIdentity
 
 SUFFIXES = (".safetensors", *shards.PICKLED)
 CONVERT = "convert it to a Hugging Face folder with safetensors"
@@ -35,8 +35,22 @@ SAMPLE = 4096
 SAMPLES = 64
 
 
-def open_source(ref: str | Path) -> Checkpoint | AdapterIndex:
-    """Open a checkpoint or a PEFT LoRA adapter; only headers are read.
+def open_plain(ref: str | Path) -> Opened:
+    """Open a checkpoint or a LoRA adapter as ``open_source`` does, and refuse any other adapter.
+
+    Raises
+    ------
+    CheckpointError
+        As of ``open_source``, or if it is an adapter whose change cannot be read off its files.
+    """
+    found = open_source(ref)
+    if isinstance(found, ForeignAdapter):
+        raise CheckpointError(found.refusal)
+    return found
+
+
+def open_source(ref: str | Path) -> Opened | ForeignAdapter:
+    """Open a checkpoint or an adapter, and say which it is; only headers are read.
 
     Parameters
     ----------
@@ -46,7 +60,8 @@ def open_source(ref: str | Path) -> Checkpoint | AdapterIndex:
 
     Returns
     -------
-    Checkpoint or AdapterIndex
+    Checkpoint, AdapterIndex or ForeignAdapter
+        The last is an adapter that is not plain LoRA.
 
     Raises
     ------
@@ -73,7 +88,7 @@ def open_source(ref: str | Path) -> Checkpoint | AdapterIndex:
     return replace(_open_folder(folder, ref=str(ref)), revision=revision)
 
 
-def _open_folder(folder: Path, *, ref: str) -> Checkpoint | AdapterIndex:
+def _open_folder(folder: Path, *, ref: str) -> Opened | ForeignAdapter:
     names = sorted(entry.name for entry in folder.iterdir())
     if peft.CONFIG in names and any(name in names for name in peft.WEIGHTS):
         return peft.open_adapter(folder, ref=ref)
@@ -87,7 +102,7 @@ def _open_folder(folder: Path, *, ref: str) -> Checkpoint | AdapterIndex:
     return _open_weights([folder / name for name in chosen], ref=ref, config=config)
 
 
-def _open_file(file: Path, *, ref: str) -> Checkpoint | AdapterIndex:
+def _open_file(file: Path, *, ref: str) -> Opened | ForeignAdapter:
     folder = file.parent
     if file.name in (peft.CONFIG, *peft.WEIGHTS) and (folder / peft.CONFIG).is_file():
         return peft.open_adapter(folder, ref=ref)
@@ -104,13 +119,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json_file.read_json(path) if path.is_file() else {}
 
 
-def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Checkpoint | AdapterIndex:
+def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Opened:
     """List the tensors of one index, or of files that belong together."""
     check_config(config, source=files[0])
     if files[0].name.endswith(".json"):
-        opened, (tensors, aliases) = shards.gather_indexed(files[0], _list_tensors)
+        opened, (tensors, aliases) = shards.gather_indexed(files[0])
     else:
-        opened, (tensors, aliases) = tuple(files), shards.gather(files, _list_tensors)
+        opened, (tensors, aliases) = tuple(files), shards.gather(files)
     if not tensors:
         message = f"Cannot use '{files[0]}': it holds no tensors; check that it is a model's weights."
         raise CheckpointError(message)
@@ -124,10 +139,6 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Che
         raise CheckpointError(message)
     tensors = attach_scales(tensors, config, source=files[0])
     return Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases)
-
-
-def _list_tensors(file: Path) -> tensor_reader.Contents:
-    return tensor_reader.list_tensors(file) if file.name.endswith(".safetensors") else pickled.list_tensors(file)
 
 
 def _nothing_readable(folder: Path, names: list[str]) -> str:
@@ -148,7 +159,7 @@ def _nothing_readable(folder: Path, names: list[str]) -> str:
     return f"Cannot open '{folder}': expected {', '.join(SUFFIXES)} or an index.json, found {listed}; check the path."
 
 
-def fingerprint(source: Checkpoint | AdapterIndex) -> dict[str, str]:
+def fingerprint(source: Opened | ForeignAdapter) -> dict[str, str]:
     """Hash a checkpoint's files from their sizes, headers and samples, never reading them whole.
 
     Returns
@@ -161,12 +172,12 @@ def fingerprint(source: Checkpoint | AdapterIndex) -> dict[str, str]:
     CheckpointError
         If a file cannot be read.
     """
-    settings = source.root / (peft.CONFIG if isinstance(source, AdapterIndex) else "config.json")
+    settings = source.root / ("config.json" if isinstance(source, Checkpoint) else peft.CONFIG)
     files = [*source.files, *([settings] if source.config and settings.is_file() else [])]
     return {file.relative_to(source.root).as_posix(): _hash(file) for file in files}
 
 
-def identify_source(source: Checkpoint | AdapterIndex) -> dict[str, Any]:
+def identify_source(source: Opened | ForeignAdapter) -> SourceIdentity:
     """Say which files a source is, for a manifest: what was asked for, revision, fingerprints, times of modification.
 
     Fingerprints are samples, so times are kept too: an edit between samples is not missed.

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deltaspec.errors import AdapterError, CheckpointError
-from deltaspec.files import json_file, tensor_reader
-from deltaspec.io import pickled, shards
-from deltaspec.types import AdapterIndex, LowRankTerm, TensorSpec
+from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_parameters
+from deltaspec.errors import CheckpointError
+from deltaspec.files import json_file
+from deltaspec.io import shards
+from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankTerm, TensorSpec
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."
 FACTOR = re.compile(
     r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.(?P<kind>weight|bias))?"
 )
@@ -28,13 +28,15 @@ REFUSED = {
     "kasa_config": "KaSA",
 }
 FOLDED_SINCE = (0, 19, 1)  # PEFT folded the factors of target_parameters otherwise before
-NESTED = ("gate_up_proj", "down_proj")  # PEFT nests parameters of one module in this order, the first innermost
 INNER = re.compile(r"(\.base_layer)+$")
-ACTIVATIONS = re.compile(r"a (P|PREFIX|PROMPT)_TUNING |a DELTASPEC_(SERIES|PARALLEL|COMPACTER|PREFIX|PROMPT) ")
+ACTIVATIONS = {  # types whose adapters change no weights
+    *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+    *(f"DELTASPEC_{method}" for method in ("SERIES", "PARALLEL", "COMPACTER", "PREFIX", "PROMPT")),
+}
 MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # these subtract the initial factors from the base
 
 
-def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
+def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
     """Open a folder that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
 
     Parameters
@@ -45,28 +47,35 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
 
     Returns
     -------
-    AdapterIndex
-        Each module's factors with scaling α/r, or α/√r under rsLoRA, after the rank and alpha patterns.
+    AdapterIndex or ForeignAdapter
+        Of plain LoRA each module's factors with scaling α/r, or α/√r under rsLoRA, after the rank and alpha patterns.
 
     Raises
     ------
     CheckpointError
-        If it is no LoRA adapter, its numbers make no sense, or factors are missing or do not fit each other.
+        If the numbers of a LoRA adapter make no sense, or factors are missing or do not fit each other.
     """
     path = folder / CONFIG
     config = json_file.read_json(path)
-    _check_config(config, path=path)
-    name = next((name for name in WEIGHTS if (folder / name).is_file()), None)
-    if name is None:
+    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if sentence := _refusal(config, path):
+        return ForeignAdapter(ref, folder, () if file is None else (file,), config, sentence)
+    if file is None:
         message = f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
         raise CheckpointError(message)
-    room = tensor_reader if name.endswith(".safetensors") else pickled
-    tensors, _ = shards.gather([folder / name], room.list_tensors)
+    tensors, _ = shards.list_tensors(file)
+    if any("lora_magnitude_vector" in name for name in tensors):
+        what = f"a LoRA adapter with {REFUSED['use_dora']}"
+        return ForeignAdapter(ref, folder, (file,), config, _say_foreign(file, what))
+    return _index(ref, file, config, tensors)
+
+
+def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, TensorSpec]) -> AdapterIndex:
+    """Sort the tensors of plain LoRA, and pair its factors."""
+    path = file.with_name(CONFIG)
     factors, full, biases = _sort(tensors)
     if not factors and not full:
-        message = (
-            f"Cannot use '{folder / name}': it holds no LoRA factors; check that the adapter was trained and saved."
-        )
+        message = f"Cannot use '{file}': it holds no LoRA factors; check that the adapter was trained and saved."
         raise CheckpointError(message)
     modules = {
         name: _pair(found, module=name, config=config, path=path)
@@ -74,29 +83,39 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex:
     }
     if alone := sorted(biases.keys() - modules.keys()):
         message = (
-            f"Cannot use '{biases[alone[0]].name}' in '{folder / name}': expected lora_A and lora_B beside it, found "
+            f"Cannot use '{biases[alone[0]].name}' in '{file}': expected lora_A and lora_B beside it, found "
             "none; save the adapter again."
         )
         raise CheckpointError(message)
     base = config.get("base_model_name_or_path")
-    return AdapterIndex(
-        ref, folder, (folder / name,), modules, full, biases, base if isinstance(base, str) else "", config
-    )
+    return AdapterIndex(ref, file.parent, (file,), modules, full, biases, base if isinstance(base, str) else "", config)
 
 
-def _check_config(config: dict[str, Any], *, path: Path) -> None:
-    """Refuse by name what is not plain LoRA."""
-    kind = config.get("peft_type")
-    what = "" if kind == "LORA" else f"a {kind} adapter" if isinstance(kind, str) else "an adapter of unknown type"
-    what = next((f"a LoRA adapter with {text}" for key, text in REFUSED.items() if config.get(key)), what)
-    if config.get("target_parameters") and not what and _version(config) < FOLDED_SINCE:
-        version = config.get("peft_version") or "unknown"
-        what = f"a LoRA adapter with target_parameters of PEFT {version}, folded otherwise than since 0.19.1"
-    initial = config.get("init_lora_weights")
+def _refusal(config: dict[str, Any], path: Path) -> str:
+    """Say by its name that an adapter is not plain LoRA; "" where its config says that it is."""
+    kind, initial = config.get("peft_type"), config.get("init_lora_weights")
     if isinstance(initial, str) and MOVED_BASE.match(initial.lower()):
-        what = f"a LoRA adapter that started from {initial} and so belongs to a changed base"
-    if what:
-        raise _refusal(path, what)
+        return _say_foreign(path, f"a LoRA adapter that started from {initial} and so belongs to a changed base")
+    if option := next((text for key, text in REFUSED.items() if config.get(key)), ""):
+        return _say_foreign(path, f"a LoRA adapter with {option}")
+    if not isinstance(kind, str):
+        return _say_foreign(path, "an adapter of unknown type")
+    if kind != "LORA":
+        return _say_foreign(path, f"a {kind} adapter", changes_weights=kind not in ACTIVATIONS)
+    if config.get("target_parameters") and _version(config) < FOLDED_SINCE:
+        version = config.get("peft_version") or "unknown"
+        folded = f"a LoRA adapter with target_parameters of PEFT {version}, folded otherwise than since 0.19.1"
+        return _say_foreign(path, folded)
+    return ""
+
+
+def _say_foreign(path: Path, what: str, *, changes_weights: bool = True) -> str:
+    if not changes_weights:
+        return f"Cannot read '{path}' as LoRA: it is {what}, which changes no weights."
+    return (
+        f"Cannot read '{path}' as LoRA: it is {what}; deltaspec analyze reads those of deltaspec's own methods as they "
+        "are, all else takes the model with it merged in (deltaspec train --save full, or PEFT's merge_and_unload)."
+    )
 
 
 def _version(config: dict[str, Any]) -> tuple[int, ...]:
@@ -119,7 +138,7 @@ def _name_parameters(
         nests.setdefault(module, {})[key.count(".base_layer", len(module))] = key
     named = {}
     for module, nest in nests.items():
-        leaves = _leaves(module, listed)
+        leaves = own_parameters(module, listed)
         known = leaves == set(NESTED) or len(leaves) < 2
         if not known or sorted(nest) != list(range(max(len(leaves), 1))):
             message = (
@@ -133,33 +152,6 @@ def _name_parameters(
     return named
 
 
-def is_parameter(path: str, config: dict[str, Any]) -> bool:
-    """Tell whether factors of this name are those of a parameter that target_parameters lists, not of a module."""
-    module, _, leaf = path.rpartition(".")
-    return leaf in _leaves(module, config.get("target_parameters") or [])
-
-
-def _leaves(module: str, listed: list[str]) -> set[str]:
-    """Return which of a module's own parameters are listed: by full name, or by its end as PEFT matches it."""
-    found = set()
-    for name in listed:
-        owner, _, leaf = name.rpartition(".")
-        bare = not owner and module.endswith("experts")  # as PEFT rewrites the targets of older expert checkpoints
-        if bare or (owner and f".{module}".endswith(f".{owner}")):
-            found.add(leaf)
-    return found
-
-
-def _refusal(path: Path, what: str) -> AdapterError:
-    if ACTIVATIONS.search(what):
-        return AdapterError(f"Cannot read '{path}' as LoRA: it is {what}, which changes no weights.", path.parent)
-    message = (
-        f"Cannot read '{path}' as LoRA: it is {what}; deltaspec analyze reads those of deltaspec's own methods as they "
-        "are, all else takes the model with it merged in (deltaspec train --save full, or PEFT's merge_and_unload)."
-    )
-    return AdapterError(message, path.parent)
-
-
 def _sort(
     tensors: dict[str, TensorSpec],
 ) -> tuple[dict[str, dict[str, TensorSpec]], dict[str, TensorSpec], dict[str, TensorSpec]]:
@@ -171,8 +163,6 @@ def _sort(
         name = key.removeprefix(PREFIX)
         match = FACTOR.fullmatch(name)
         if match is None:
-            if "lora_magnitude_vector" in name:
-                raise _refusal(spec.file, f"a LoRA adapter with {REFUSED['use_dora']}")
             if "lora_" in name or "trainable_tokens" in name:
                 message = (
                     f"Cannot use '{key}' in '{spec.file}': it is no LoRA factor of a known kind; merge the adapter."
@@ -225,8 +215,7 @@ def _number(config: dict[str, Any], option: str, *, module: str, path: Path) -> 
     patterns = config.get(key) or {}
     value = config.get(option)
     try:
-        matching = (number for pattern, number in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-        value = next(matching, value)
+        value = find_pattern(patterns, module, value)
     except (re.error, AttributeError, RecursionError) as cause:
         message = f"Cannot use '{path}': its {key} is no map from regular expressions to numbers ({cause})."
         raise CheckpointError(message) from cause

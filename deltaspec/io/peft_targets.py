@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from deltaspec.io.running import ODD_EMBEDDINGS, SHARED, STRIDED, Place, is_told, list_tied, place_tensors
-from deltaspec.types import AdapterModule, Checkpoint
+from deltaspec.architecture.running_names import Place, is_told
+from deltaspec.io.peft_layout import Layout
+from deltaspec.types import AdapterModule
 
 Factors = tuple[Tensor, Tensor]
-# PEFT 0.21 takes modules of these names for experts of older checkpoints where the model has stacks, so that they can
-# only be reached as parameters; routers are no linear layers there.
-TAKEN = re.compile(r"(^|\.)(gate|router|gate_proj|up_proj|down_proj|w1|w2|w3)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,44 +36,6 @@ class Target:
         return self.parameter.rpartition(".")[0] if self.parameter else self.module.path
 
 
-@dataclass(frozen=True, slots=True)
-class StandIn(Checkpoint):
-    """What an adapter says of its base: names are the running model's, ``parameters`` those of target_parameters."""
-
-    parameters: frozenset[str] = frozenset()
-
-
-class Layout:
-    """The running model of a base, as far as its stored names tell it, or of a stand-in, whose names stay."""
-
-    def __init__(self, base: Checkpoint, untied: Collection[str] = ()) -> None:
-        """Place every tensor of the base; ``untied`` are heads that its embedding shall not serve."""
-        self.base = base
-        self.literal = base.parameters if isinstance(base, StandIn) else None
-        names = base.tensors
-        self.places = place_tensors(names, base.config) if self.literal is None else {n: (Place(n),) for n in names}
-        self.running = {place.name: name for name, places in self.places.items() for place in places}
-        self.modules = {m for name in self.running for m in _ancestors(name)}
-        self.apart = {p.name.removesuffix(".weight") for n in untied for p in self.place(n)}
-        self.stacked = any(".experts." in f"{name}." for name in self.running)
-
-    def place(self, path: str) -> tuple[Place, ...]:
-        """Return where a tensor lies, given its name or the path of the module whose weight it is."""
-        name = path if path in self.places or path.endswith((".weight", ".bias")) else f"{path}.weight"
-        if self.literal is not None:
-            return (Place(path if path in self.literal else name),)
-        return self.places.get(name) or place_tensors([name], self.base.config)[name]
-
-    def uses(self, path: str) -> list[tuple[str, str]]:
-        """List the modules, with their kinds, that share the weight of an embedding."""
-        tied = list_tied(self.base, path, self.running) if self.literal is None else ()
-        return [use for use in tied if use[0] not in self.apart]
-
-    def holders(self, path: str) -> list[str]:
-        """List the modules that factors of a running module are written for: itself, and those tied to it."""
-        return [*([] if SHARED.fullmatch(path) else [path]), *(use for use, _ in self.uses(path))]
-
-
 def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list[Target], dict[str, str]]:
     """Turn modules under the base's names into those of the running model.
 
@@ -96,7 +55,7 @@ def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list
         places = layout.place(module.path)
         if places[0].expert is not None:
             experts[places[0].name].append((places[0], module))
-        elif reason := _unfit(module, layout):
+        elif reason := layout.refusal(module):
             refused[module.path] = reason
         else:
             found += [_target(module, place, layout) for place in places]
@@ -105,26 +64,9 @@ def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list
     for target in [target for target in found if target.module.kind == "embedding"]:
         uses = [use for use in layout.uses(target.module.path) if use[0] not in given]
         found += [replace(target, module=replace(target.module, path=path, kind=kind)) for path, kind in uses]
-        if SHARED.fullmatch(target.module.path) and layout.literal is None:
+        if layout.is_unread(target.module.path):
             found.remove(target)
     return found, refused
-
-
-def _unfit(module: AdapterModule, layout: Layout) -> str:
-    if layout.literal is not None:
-        return ""
-    if module.kind == "conv" and module.kernel[:1] == (1,) and module.shape[0] > 1:
-        return "its kernel has one input channel: a grouped convolution, whose factors PEFT lays out otherwise"
-    if module.kind == "conv" and STRIDED.search(module.path):
-        return "the model reads attributes of this convolution that PEFT's wrapper lacks"
-    if module.kind == "embedding" and ODD_EMBEDDINGS.search(module.path):
-        return "the model reads this embedding by other means than ids"
-    if module.kind == "stack" and module.experts == 1 and module.transposed:
-        return "a stack of one expert stored as (d_in, d_out) has no layout in PEFT"
-    weight = layout.place(module.path)[0].name.removesuffix(".weight")
-    if weight.endswith(".out_proj") and f"{weight.rpartition('.')[0]}.in_proj_weight" in layout.running:
-        return "torch's MultiheadAttention reads this weight without calling its module, so that factors have no effect"
-    return ""
 
 
 def _target(module: AdapterModule, place: Place, layout: Layout) -> Target:
@@ -134,11 +76,8 @@ def _target(module: AdapterModule, place: Place, layout: Layout) -> Target:
     if module.kind == "stack":
         swapped = _is_swapped(module, layout)
         return Target(replace(module, path=name), (path,), name, swapped)
-    plain = name.removesuffix(".weight")
-    by_parameter = not name.endswith(".weight") or (module.kind == "linear" and layout.stacked and TAKEN.search(plain))
-    if layout.literal is not None:
-        by_parameter = path in layout.literal
-    return Target(replace(module, path=plain), (path,), name if by_parameter else "")
+    parameter = name if layout.needs_parameter(module, name) else ""
+    return Target(replace(module, path=name.removesuffix(".weight")), (path,), parameter)
 
 
 def _is_swapped(module: AdapterModule, layout: Layout) -> bool:
@@ -183,9 +122,3 @@ def _stack(name: str, members: list[tuple[Place, AdapterModule]], layout: Layout
 
     joined = AdapterModule(name, "stack", (parts * rows, d_in), sum(ranks), read, experts=count)
     return Target(joined, tuple(module.path for _, module in members), name)
-
-
-def _ancestors(name: str) -> list[str]:
-    """List the modules around a parameter, the nearest first."""
-    pieces = name.split(".")
-    return [".".join(pieces[:i]) for i in range(len(pieces) - 1, 0, -1)]

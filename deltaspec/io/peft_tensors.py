@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltaspec.files.dtypes import TORCH
+from deltaspec.architecture.peft_names import NESTED, PREFIX, lies_inside, saved_alike
+from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.peft import NESTED, PREFIX
-from deltaspec.io.peft_targets import Layout, Target
-from deltaspec.io.running import SHARED
+from deltaspec.io.peft_layout import Layout
+from deltaspec.io.peft_targets import Target
 from deltaspec.types import AdapterModule, Entry, Shape
 
 PLAIN = re.compile(r"[\w.-]+")
@@ -74,12 +74,12 @@ def _read(target: Target, side: int, shape: Shape, dtype: str) -> Tensor:
         folded = factor.movedim(-1, 1).flatten(0, 1) if side == 0 else factor.permute(1, 2, 0).flatten(1)
     else:
         folded = factor.mT if side == 0 else factor
-    return folded.reshape(shape).to(TORCH[dtype]).contiguous()
+    return folded.reshape(shape).to(DTYPES[dtype].torch).contiguous()
 
 
 def _read_bias(module: AdapterModule, dtype: str) -> Tensor:
     change = module.read_bias() if module.read_bias else torch.zeros(module.shape[0])
-    return change.to(TORCH[dtype]).contiguous()
+    return change.to(DTYPES[dtype].torch).contiguous()
 
 
 def plan_whole(
@@ -131,7 +131,7 @@ def _spread(full: Sequence[Entry], layout: Layout) -> dict[str, Entry]:
             if use.endswith(".decoder") and parent in layout.running and f"{use}.bias" not in given:
                 stored = layout.running[parent]
                 given[f"{use}.bias"] = given.get(parent) or _of_base(stored, layout)
-        if SHARED.fullmatch(path) and layout.literal is None:
+        if layout.is_unread(path):
             del given[name]
     return given
 
@@ -145,12 +145,10 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
     """Say why PEFT cannot save just this module, by how it matches names: endswith, and a regular expression."""
     if not PLAIN.fullmatch(path):
         return "it lies in no module that PEFT could save by its name"
-    other = min((m for m in layout.modules if m != path and m.endswith(path)), default="")
-    if other:
+    if other := saved_alike(path, layout.modules):
         return f"PEFT would save '{other}' too, whose name ends alike"
-    hides = re.compile(rf"(^|.*\.){path}($|\..*)")
     for target in targets:
-        if hides.match(target.path):
+        if lies_inside(target.path, path):
             return f"its module would be saved whole with '{target.sources[0]}', which has factors"
     return ""
 

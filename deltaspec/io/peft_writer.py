@@ -7,15 +7,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaspec.files.atomic import whole_file
-from deltaspec.files.dtypes import STORED
+from deltaspec.architecture.peft_names import NESTED, ends_in, named_alike
+from deltaspec.files.atomic import write_whole
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
-from deltaspec.io.peft import CONFIG, NESTED, WEIGHTS
-from deltaspec.io.peft_targets import Layout, Target, make_targets
+from deltaspec.io.peft import CONFIG, WEIGHTS
+from deltaspec.io.peft_layout import Layout, lay_out
+from deltaspec.io.peft_targets import Target, make_targets
 from deltaspec.io.peft_tensors import list_factors, plan_whole
 from deltaspec.types import AdapterModule, Checkpoint, Entry
 
@@ -32,16 +34,23 @@ class AdapterPlan:
     refused: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class PeftForm:
+    """How an adapter is stored.
+
+    ``dtype`` of the factors is fp32, bf16 or fp16; ``rslora`` scales by α/√r instead of α/r. ``untied`` are tensors
+    that the embedding's factors must not serve, although the base ties them. ``loader`` holds task_type and
+    auto_mapping where the base's config cannot tell them.
+    """
+
+    dtype: str
+    rslora: bool = False
+    untied: Collection[str] = ()
+    loader: Mapping[str, Any] = field(default_factory=dict)
+
+
 def write_adapter(
-    folder: Path,
-    modules: Sequence[AdapterModule],
-    full: Sequence[Entry],
-    *,
-    base: Checkpoint,
-    dtype: str,
-    rslora: bool = False,
-    untied: Collection[str] = (),
-    loader: Mapping[str, Any] | None = None,
+    folder: Path, modules: Sequence[AdapterModule], full: Sequence[Entry], *, base: Checkpoint, form: PeftForm
 ) -> dict[str, str]:
     """Write an adapter into an existing folder, as plan_adapter lays it out; returns what was refused, with reasons.
 
@@ -50,22 +59,14 @@ def write_adapter(
     RunError
         If the folder cannot be written.
     """
-    plan = plan_adapter(modules, full, base=base, dtype=dtype, rslora=rslora, untied=untied, loader=loader)
+    plan = plan_adapter(modules, full, base=base, form=form)
     write_safetensors(folder / WEIGHTS[0], plan.entries, metadata=SAVED)
-    with whole_file(folder / CONFIG) as stream:
-        stream.write(json.dumps(plan.config, indent=2).encode())
+    write_whole(folder / CONFIG, json.dumps(plan.config, indent=2).encode())
     return plan.refused
 
 
 def plan_adapter(
-    modules: Sequence[AdapterModule],
-    full: Sequence[Entry],
-    *,
-    base: Checkpoint,
-    dtype: str,
-    rslora: bool = False,
-    untied: Collection[str] = (),
-    loader: Mapping[str, Any] | None = None,
+    modules: Sequence[AdapterModule], full: Sequence[Entry], *, base: Checkpoint, form: PeftForm
 ) -> AdapterPlan:
     """Lay out an adapter for PEFT, under the names of the running model and with a scaling of exactly 1.
 
@@ -77,27 +78,20 @@ def plan_adapter(
         Tensors stored whole (modules_to_save), under the base's names; what else their modules hold is taken from the
         base.
     base : Checkpoint
-    dtype : str
-        Of the factors: fp32, bf16 or fp16.
-    rslora : bool
-        Scale by α/√r instead of α/r.
-    untied : collection of str
-        Tensors that the embedding's factors must not serve, although the base ties them.
-    loader : mapping, optional
-        task_type and auto_mapping, where the base's config cannot tell them.
+    form : PeftForm
 
     Returns
     -------
     AdapterPlan
         Every module and tensor is in it, or refused.
     """
-    layout = Layout(base, untied)
+    layout = lay_out(base, form.untied)
     targets, refused = make_targets(modules, layout)
     targets = _without_collisions(targets, layout, refused)
     bias = _settle_biases(targets, refused)
     saved, whole = plan_whole(full, layout, targets, refused)
-    config = _config(targets, layout, saved=saved, rslora=rslora, bias=bias)
-    return AdapterPlan({**config, **(loader or {})}, list_factors(targets, STORED[dtype], bias=bias) + whole, refused)
+    config = {**_config(targets, layout, saved=saved, rslora=form.rslora, bias=bias), **form.loader}
+    return AdapterPlan(config, list_factors(targets, OPTIONS[form.dtype].name, bias=bias) + whole, refused)
 
 
 def _config(targets: Sequence[Target], layout: Layout, *, saved: list[str], rslora: bool, bias: bool) -> dict[str, Any]:
@@ -120,7 +114,7 @@ def _config(targets: Sequence[Target], layout: Layout, *, saved: list[str], rslo
         "use_rslora": rslora,
         "target_modules": paths if targets else NO_TARGETS,
         "target_parameters": [target.parameter for target in targets if target.parameter] or None,
-        "exclude_modules": sorted(_excluded(targets, layout)) or None,
+        "exclude_modules": sorted(named_alike(paths, layout.modules)) or None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": any(target.module.kind == "conv1d" for target in targets),
         "lora_bias": bias,
@@ -152,29 +146,18 @@ def _reference(base: Checkpoint) -> str:
     return base.ref.partition("@")[0]
 
 
-def _ends_in(name: str, others: Collection[str]) -> bool:
-    """Tell whether a name ends in another, a dot before it: as PEFT matches what its config lists."""
-    pieces = name.split(".")
-    return any(".".join(pieces[start:]) in others for start in range(1, len(pieces)))
-
-
-def _excluded(targets: Sequence[Target], layout: Layout) -> set[str]:
-    """List modules that target_modules would hit and nobody meant."""
-    paths = {target.path for target in targets if not target.parameter}
-    return {path for path in layout.modules - paths if _ends_in(path, paths)}
-
-
 def _without_collisions(targets: list[Target], layout: Layout, refused: dict[str, str]) -> list[Target]:
     """Leave out targets that PEFT could not tell from others, by the ends of their names or by their order."""
     parameters = {target.parameter for target in targets if target.parameter}
-    hit = {name for name in layout.running if name not in parameters and _ends_in(name, parameters)}
-    excluded, shared = _excluded(targets, layout), Counter(target.path for target in targets)
+    hit = {name for name in layout.running if name not in parameters and ends_in(name, parameters)}
+    paths = {target.path for target in targets if not target.parameter}
+    excluded, shared = set(named_alike(paths, layout.modules)), Counter(target.path for target in targets)
     kept = []
     for target in targets:
         reason = ""
         if target.parameter and any(name.endswith(f".{target.parameter}") for name in hit):
             reason = "PEFT would change another parameter too, whose name ends alike"
-        elif not target.parameter and _ends_in(target.path, excluded):
+        elif not target.parameter and ends_in(target.path, excluded):
             reason = "its name ends like that of a module which must be left out"
         elif shared[target.path] > 1 and target.parameter.rpartition(".")[2] not in NESTED:
             reason = f"'{target.path}' has several targets, whose order in PEFT is not known"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError
-from deltaspec.files.dtypes import DTYPES
+from deltaspec.files.dtypes import name_of
 from deltaspec.files.tensor_reader import LFS_POINTER, Contents
 from deltaspec.types import TensorSpec
 
@@ -56,8 +56,7 @@ def list_tensors(file: Path) -> Contents:
             aliases[name] = seen[place]
             continue
         seen[place] = name
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = TensorSpec(name, file, tuple(tensor.shape), DTYPES.get(dtype, dtype))
+        tensors[name] = TensorSpec(name, file, tuple(tensor.shape), name_of(tensor.dtype))
     return tensors, aliases
 
 

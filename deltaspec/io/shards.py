@@ -1,24 +1,21 @@
-"""Safetensors files, single or sharded: which files belong together, their indexes, headers and tensors."""
+"""Weight files, single or sharded: which files belong together, their indexes, headers and tensors."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING
 
 from deltaspec.errors import CheckpointError
-from deltaspec.files.atomic import whole_file
+from deltaspec.files import tensor_reader
+from deltaspec.files.atomic import write_whole
 from deltaspec.files.json_file import read_json
 from deltaspec.files.tensor_reader import Contents
 from deltaspec.files.tensor_writer import size_of
+from deltaspec.io import pickled
 from deltaspec.types import Entry, TensorSpec
-
-if TYPE_CHECKING:
-    pass
-
 
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
@@ -87,7 +84,18 @@ def read_index(index: Path) -> dict[str, str]:
     return found
 
 
-def gather(files: Iterable[Path], reader: Callable[[Path], Contents]) -> Contents:
+def list_tensors(file: Path) -> Contents:
+    """List the tensors of one file of either format, by its ending, and the names it says were left out as shared.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged, or a pickled file holds code.
+    """
+    return tensor_reader.list_tensors(file) if file.name.endswith(".safetensors") else pickled.list_tensors(file)
+
+
+def gather(files: Iterable[Path]) -> Contents:
     """List the tensors of several files, whose names must differ.
 
     Raises
@@ -99,7 +107,7 @@ def gather(files: Iterable[Path], reader: Callable[[Path], Contents]) -> Content
     aliases: dict[str, str] = {}
     owner: dict[str, Path] = {}
     for file in files:
-        found, shared = reader(file)
+        found, shared = list_tensors(file)
         for name in (*found, *shared):
             if name in owner:
                 message = (
@@ -113,7 +121,7 @@ def gather(files: Iterable[Path], reader: Callable[[Path], Contents]) -> Content
     return tensors, aliases
 
 
-def gather_indexed(index: Path, reader: Callable[[Path], Contents]) -> tuple[tuple[Path, ...], Contents]:
+def gather_indexed(index: Path) -> tuple[tuple[Path, ...], Contents]:
     """List the tensors of the shards that an index names, also those that it forgot.
 
     Raises
@@ -126,7 +134,7 @@ def gather_indexed(index: Path, reader: Callable[[Path], Contents]) -> tuple[tup
     if missing := next((file.name for file in files if not file.is_file()), None):
         message = f"Cannot open '{index.parent}': '{index.name}' names '{missing}', which is missing; download it."
         raise CheckpointError(message)
-    tensors, aliases = gather(files, reader)
+    tensors, aliases = gather(files)
     for name, file in weight_map.items():
         holder = tensors.get(aliases.get(name, name))
         if holder is None or holder.file != index.parent / file:
@@ -142,6 +150,5 @@ def write_index(path: Path, files: Mapping[str, Sequence[Entry]]) -> int:
     )
     weight_map = {entry.name: name for name, held in files.items() for entry in held}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    with whole_file(path) as stream:
-        stream.write(json.dumps(content, indent=2).encode())
+    write_whole(path, json.dumps(content, indent=2).encode())
     return total

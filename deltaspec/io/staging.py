@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from deltaspec.errors import RunError
-from deltaspec.files.atomic import unwritten
+from deltaspec.files.atomic import is_alive, unwritten
 
 MARK = "deltaspec.json"  # in every folder that deltaspec wrote
 ASIDE = "replaced"  # inside the working folder: what stood at out until the commit
@@ -138,10 +138,8 @@ def _holds_folders(folder: Path) -> bool:
 
 def _lives(pid: Path) -> bool:
     """Tell whether the process that left this file still runs."""
-    try:
-        with suppress(PermissionError):
-            os.kill(int(pid.name.removeprefix("pid-")), 0)
-    except (ProcessLookupError, OverflowError, ValueError):
-        pid.unlink(missing_ok=True)
-        return False
-    return True
+    number = pid.name.removeprefix("pid-")
+    if number.isdecimal() and is_alive(int(number)):
+        return True
+    pid.unlink(missing_ok=True)
+    return False

@@ -63,6 +63,7 @@ def certify(
     attempt starts from DᵀD·V, a power step in float64, which undoes the rounding of float32.
     """
     floor = (max(matrix.shape) * EPS) ** 2 * energy  # a residual this small is rounding
+    optimum = _known_optimum(spectrum, len(basis))
     for _ in range(2):
         found = _project(matrix, basis)
         residual = energy - float(found.values.square().sum())
@@ -70,10 +71,8 @@ def certify(
             residual = _measure_residual(matrix, found.near)
         missed = promised_energy(found.values.square(), found.residuals, next_value)
         excess, limit = missed / max(residual, floor) / 2, LIMIT
-        if spectrum is not None:
-            optimum = float(spectrum.singular_values[len(basis) :].square().sum())
-            if optimum > 1e5 * spectrum.error_bound**2 or spectrum.method == EXACT:
-                excess, limit = max(math.sqrt(residual / max(optimum, floor)) - 1, 0.0), CEILING
+        if optimum is not None:
+            excess, limit = max(math.sqrt(residual / max(optimum, floor)) - 1, 0.0), CEILING
         if residual <= floor:
             excess = 0.0
         if excess <= limit:
@@ -83,6 +82,14 @@ def certify(
             return Truncation(*parts, matrix.shape, energy, residual, excess, method, values)
         basis = found.image
     return None
+
+
+def _known_optimum(spectrum: Spectrum | None, rank: int) -> float | None:
+    """Return Σσ² beyond ``rank``, what the best of that rank leaves; None where the values do not resolve it."""
+    if spectrum is None:
+        return None
+    optimum = float(spectrum.singular_values[rank:].square().sum())
+    return optimum if optimum > 1e5 * spectrum.error_bound**2 or spectrum.method == EXACT else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,8 +33,7 @@ def top_subspace(matrix: Tensor, rank: int, *, energy: float, seed: int) -> tupl
         Orthonormal rows; k = rank, or fewer where the matrix has no more directions.
     next_value : float
         A lower estimate of the square of singular value rank + 1.
-    None
-        If the products left the range of float32.
+        Instead of both, None where the products left the range of float32.
 
     Notes
     -----

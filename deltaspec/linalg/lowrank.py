@@ -25,6 +25,12 @@ def svd_of_product(lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor, Tens
     References
     ----------
     Golub & Van Loan, Matrix Computations, 4th ed., section 5.4 (QR before SVD).
+
+    Examples
+    --------
+    >>> lora_B, lora_A = torch.tensor([[3.0], [4.0]]).double(), torch.tensor([[0.0, 2.0]]).double()
+    >>> [round(value, 9) for value in svd_of_product(lora_B, lora_A)[1].tolist()]
+    [10.0]
     """
     q_b, r_b = torch.linalg.qr(lora_B)
     q_a, r_a = torch.linalg.qr(lora_A.mT)

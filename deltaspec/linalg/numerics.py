@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from deltaspec.files.dtypes import DTYPES, GRIDS
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A storage dtype's number grid: mantissa bits below the leading one, and its smallest normal exponent."""
-
-    mantissa: int
-    min_exponent: int
-
-
-GRIDS = {
-    "F64": Grid(52, -1022),
-    "F32": Grid(23, -126),
-    "F16": Grid(10, -14),
-    "BF16": Grid(7, -126),
-    "F8_E4M3": Grid(3, -6),
-    "F8_E5M2": Grid(2, -14),
-}
-# Dtypes whose values are often upcast on saving: stored dtype → coarser grids that its values may lie on.
-UPCAST = {"F64": ("F32", "F16", "BF16"), "F32": ("F16", "BF16"), "F16": ("BF16",)}
+# The integers as wide as a float dtype, and the bits of its exponent: neither sign nor mantissa.
 _EXPONENT_MASK = {
-    torch.float64: (torch.int64, 0x7FF0 << 48),
-    torch.float32: (torch.int32, 0x7F80 << 16),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
+    dtype.torch: (DTYPES[f"I{8 * dtype.width}"].torch, (1 << 8 * dtype.width - 1) - (1 << dtype.grid.mantissa))
+    for dtype in DTYPES.values()
+    if dtype.grid and dtype.computes
 }
 
 
@@ -62,8 +43,13 @@ def lies_on(values: Tensor, *, grid: str) -> bool:
     Parameters
     ----------
     values : Tensor, float64, float32 or float16
+
+    Examples
+    --------
+    >>> lies_on(torch.tensor([1.0, 1.5]), grid="BF16"), lies_on(torch.tensor([1.001]), grid="BF16")
+    (True, False)
     """
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[grid]
+    dtype = DTYPES[grid].torch
     return bool(torch.equal(values.to(dtype).to(values.dtype), values))
 
 
@@ -73,6 +59,11 @@ def first_non_finite(values: Tensor) -> tuple[int, ...] | None:
     Parameters
     ----------
     values : Tensor, any float dtype
+
+    Examples
+    --------
+    >>> first_non_finite(torch.tensor([[1.0, 2.0], [float("nan"), 3.0]]))
+    (1, 0)
     """
     if values.dtype not in _EXPONENT_MASK:
         values = values.float()

@@ -55,7 +55,22 @@ ROUTES = (
 
 
 def choose_route(device: torch.device, need: str, side: int) -> str:
-    """Return the method that serves ``need`` (values, vectors, top or exact) where the smaller side is ``side``."""
+    """Return the method that serves ``need`` where the smaller side is ``side``: the first line of ROUTES that fits.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of which the type decides.
+    need : str
+        ``values`` (all σ), ``vectors`` (all σ and the top vectors), ``top`` (the top r alone) or ``exact``.
+    side : int
+        min(d_out, d_in).
+
+    Examples
+    --------
+    >>> choose_route(torch.device("cpu"), "exact", 4096)
+    'qr+svd64'
+    """
     fitting = (r.method for r in ROUTES if r.device == device.type and r.need == need and side <= r.max_side)
     return next(method for method in fitting if method not in (ONE_STAGE, TWO_STAGE) or find_openblas())
 
@@ -97,8 +112,7 @@ def decompose(
     side = min(shape)
     if side == 0:
         return Spectrum(torch.zeros(0, dtype=torch.float64), shape, 0.0, "empty", 0.0), ""
-    note = ""
-    need = "exact" if exact else "vectors" if vectors else "values"
+    note, need = "", "exact" if exact else "vectors" if vectors else "values"
     if need != "exact":
         spectrum, basis = gram_spectrum(blocks, shape, device=device, method=choose_route(device, need, side))
         if spectrum is not None:
@@ -191,8 +205,22 @@ def exact_spectrum(
     NumericalError
         If D holds NaN or infinity, or the SVD does not converge.
     """
-    side, energy = min(shape), 0.0
-    tall = shape[0] >= shape[1]
+    rest, energy = _absorb(blocks, shape, device)
+    try:
+        values, vt = torch.linalg.svd(rest, full_matrices=False)[1:] if vectors else (torch.linalg.svdvals(rest), rest)
+    except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
+        message = "its SVD did not converge."
+        raise NumericalError(message) from cause
+    if not abs(float(values.square().sum()) - energy) <= CERTIFICATE * energy:
+        message = "its SVD missed the certificate Σσ² = ‖·‖²."
+        raise NumericalError(message)
+    bound = max(shape) * EPS * float(values[0])
+    return Spectrum(values.cpu(), shape, energy, EXACT, bound), (lambda count: vt[:count]) if vectors else None
+
+
+def _absorb(blocks: Blocks, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, float]:
+    """Reduce D, or Dᵀ where D is wide, to at most 1.2·side rows with the same σ; return them, and ‖D‖²_F."""
+    side, tall, energy = min(shape), shape[0] >= shape[1], 0.0
     triangle = torch.zeros(0, side, dtype=torch.float64, device=device)
     pending: list[Tensor] = []
     for block in blocks():
@@ -206,18 +234,7 @@ def exact_spectrum(
         raise NumericalError(message)
     rest = torch.cat([triangle, *pending])
     del pending
-    if rest.shape[0] > 1.2 * side:
-        rest = torch.linalg.qr(rest, mode="r").R
-    try:
-        values, vt = torch.linalg.svd(rest, full_matrices=False)[1:] if vectors else (torch.linalg.svdvals(rest), rest)
-    except torch.linalg.LinAlgError as cause:  # type: ignore[attr-defined]
-        message = "its SVD did not converge."
-        raise NumericalError(message) from cause
-    if not abs(float(values.square().sum()) - energy) <= CERTIFICATE * energy:
-        message = "its SVD missed the certificate Σσ² = ‖·‖²."
-        raise NumericalError(message)
-    bound = max(shape) * EPS * float(values[0])
-    return Spectrum(values.cpu(), shape, energy, EXACT, bound), (lambda count: vt[:count]) if vectors else None
+    return (torch.linalg.qr(rest, mode="r").R if rest.shape[0] > 1.2 * side else rest), energy
 
 
 def _with_vectors(spectrum: Spectrum, basis: TopBasis | None, blocks: Blocks, count: int) -> Spectrum:

@@ -62,19 +62,12 @@ def truncate(
     NumericalError
         If D holds NaN or infinity, or nothing converges.
     """
-    matrix, side = Streamed(blocks, shape, device, hold), min(shape)
-    fixed = None if callable(rank) else max(0, min(rank, side))
-    if side == 0 or fixed == 0:
+    side = min(shape)
+    if side == 0 or (not callable(rank) and rank <= 0):
         return _nothing(shape, _finite(sum(float(block.square().sum()) for block in blocks())))
-    fits = memory is None or 4 * shape[0] * shape[1] <= memory
-    found = spectrum = None
+    matrix, fits = Streamed(blocks, shape, device, hold), memory is None or 4 * shape[0] * shape[1] <= memory
     with _without_tf32(device):
-        if fixed is None and side > LARGE and fits and device.type == "cpu":
-            method = choose_route(device, "values", side)
-            spectrum = gram_spectrum(blocks, shape, device=device, method=method)[0]
-            fixed = _resolve(rank, spectrum) if spectrum else None
-        if fixed and side >= CRAMPED and 16 * fixed <= side and fits:
-            found = _by_iteration(matrix, fixed, seed=seed, spectrum=spectrum)
+        found = _try_iteration(matrix, rank, seed=seed) if fits and side >= CRAMPED else None
         return found or _by_reduction(matrix, rank) or _by_svd(matrix, rank)
 
 
@@ -107,6 +100,19 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, *, rank: Rank) -> Truncatio
     rank = min(_resolve(rank, spectrum), int((values > spectrum.error_bound).sum()))
     parts = left[:, :rank].contiguous(), values[:rank], right[:, :rank].contiguous()
     return Truncation(*parts, shape, spectrum.energy, float(values[rank:].square().sum()), 0.0, spectrum.method, values)
+
+
+def _try_iteration(matrix: Streamed, rank: Rank, *, seed: int) -> Truncation | None:
+    """Iterate where the rank is small beside the side; a policy's rank is known from the values, first on the CPU."""
+    side, spectrum = min(matrix.shape), None
+    fixed = None if callable(rank) else min(rank, side)
+    if fixed is None and side > LARGE and matrix.device.type == "cpu":
+        method = choose_route(matrix.device, "values", side)
+        spectrum = gram_spectrum(matrix.blocks, matrix.shape, device=matrix.device, method=method)[0]
+        fixed = _resolve(rank, spectrum) if spectrum else None
+    if not fixed or 16 * fixed > side:
+        return None
+    return _by_iteration(matrix, fixed, seed=seed, spectrum=spectrum)
 
 
 def _by_iteration(matrix: Streamed, rank: int, *, seed: int, spectrum: Spectrum | None) -> Truncation | None:

@@ -19,8 +19,14 @@ Rows = Callable[[int, int], Tensor]
 class Loss:
     """What storing W' = round(W + ΔW) kept of ΔW; sums, so that losses of several matrices add up.
 
-    ``update`` = ‖ΔW‖², ``error`` = ‖(W' - W) - ΔW‖², both float64; ``unchanged`` of the ``elements`` are what they
-    were.
+    ``update`` = ‖ΔW‖², ``error`` = ‖(W' - W) - ΔW‖², both float64, in squared units of the weights; ``unchanged`` of
+    the ``elements`` are what they were.
+
+    Examples
+    --------
+    >>> total = Loss(update=4.0, error=1.0, unchanged=3, elements=10) + Loss(5.0, 0.0, 7, 10)
+    >>> round(total.relative, 4), total.unchanged_share
+    (0.3333, 0.5)
     """
 
     update: float = 0.0
@@ -66,12 +72,20 @@ def merge_block(
 
     Returns
     -------
-    Tensor, Loss
+    merged : Tensor, same shape
+    loss : Loss
 
     Raises
     ------
     NumericalError
         If W, the change, or W' in its dtype is not finite.
+
+    Examples
+    --------
+    >>> weight, update = torch.ones(1, 1, dtype=torch.bfloat16), torch.full((1, 1), 2.0**-9, dtype=torch.float64)
+    >>> merged, loss = merge_block(weight, update, dtype=torch.bfloat16)
+    >>> float(merged), loss.relative, loss.unchanged_share
+    (1.0, 1.0, 1.0)
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     before, change, start = weight.double(), update, weight.to(wide)
@@ -87,45 +101,70 @@ def merge_block(
     return merged, Loss(update_energy, error, moved.numel() - int(changed), moved.numel())
 
 
+@dataclass(frozen=True, slots=True)
+class Summands:
+    """What W' = W + share·(whole - W) + update is made of, each read by rows.
+
+    Attributes
+    ----------
+    weight, update, whole : callable
+        From start and stop to these rows, (stop - start, d_in); dtypes as of ``merge_block``.
+    share : float
+        By which ``whole``, where there is one, replaces W.
+    """
+
+    weight: Rows
+    update: Rows
+    whole: Rows | None = None
+    share: float = 1.0
+
+
 def merge_rows(
-    weight: Rows,
-    update: Rows,
-    store: Callable[[int, int, Tensor], None],
-    *,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    whole: Rows | None = None,
-    share: float = 1.0,
+    summands: Summands, store: Callable[[int, int, Tensor], None], *, shape: tuple[int, int], dtype: torch.dtype
 ) -> Loss:
     """Merge one matrix by blocks of rows.
 
     Parameters
     ----------
-    weight, update, whole : callable
-        From start and stop to these rows, (stop - start, d_in); see merge_block.
+    summands : Summands
     store : callable
         Takes start, stop and the merged rows.
     shape : tuple of int
         (d_out, d_in).
     dtype : torch.dtype
-    share : float
+        Of W'.
 
     Raises
     ------
     NumericalError
-        As merge_block.
+        As ``merge_block``.
+
+    Examples
+    --------
+    >>> weight, update, out = torch.ones(2, 2), torch.full((2, 2), 0.5, dtype=torch.float64), torch.empty(2, 2)
+    >>> summands = Summands(lambda i, j: weight[i:j], lambda i, j: update[i:j])
+    >>> loss = merge_rows(summands, lambda i, j, rows: out[i:j].copy_(rows), shape=(2, 2), dtype=torch.float32)
+    >>> out.tolist(), loss.update, loss.error
+    ([[1.5, 1.5], [1.5, 1.5]], 1.0, 0.0)
     """
     loss = Loss()
     for start, stop in row_blocks(shape):
-        full = None if whole is None else whole(start, stop)
-        merged, lost = merge_block(weight(start, stop), update(start, stop), dtype=dtype, whole=full, share=share)
+        whole = None if summands.whole is None else summands.whole(start, stop)
+        weight, update = summands.weight(start, stop), summands.update(start, stop)
+        merged, lost = merge_block(weight, update, dtype=dtype, whole=whole, share=summands.share)
         store(start, stop, merged)
         loss += lost
     return loss
 
 
 def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of blocks of rows that are small beside the matrix."""
+    """Yield (start, stop) of blocks of rows, in order, each of about BLOCK elements and at least one row.
+
+    Examples
+    --------
+    >>> list(row_blocks((5, 32768)))
+    [(0, 2), (2, 4), (4, 5)]
+    """
     step = max(1, BLOCK // max(shape[1], 1))
     yield from ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 

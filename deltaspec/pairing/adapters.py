@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
+from deltaspec.architecture.roles import fused_role
+from deltaspec.architecture.running_names import Place
 from deltaspec.errors import PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.running import Place
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.dense import VOCABULARY_ROLES, pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened
@@ -221,7 +222,6 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
 
 def _role(found: tuple[Identified, ...]) -> str:
     """Name a fused matrix's role as a whole: without the base's config its parts cannot be told apart."""
-    roles = [part.key.role for part in found]
-    if len(roles) == 1:
-        return roles[0]
-    return "gate_up_proj" if "gate_proj" in roles else "qkv_proj"
+    if len(found) == 1:
+        return found[0].key.role
+    return fused_role((part.key.role for part in found), otherwise="qkv_proj")

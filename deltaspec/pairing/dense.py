@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
-from deltaspec.linalg.numerics import GRIDS
+from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import HEAD, Mismatch, Plan, VectorPair, chosen, is_head, refuse_shapes, unreadable

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification
-from deltaspec.io.running import Place, is_told, place_tensors
+from deltaspec.architecture.running_names import Place, is_told, place_tensors
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import Checkpoint, LowRankSource, LowRankTerm, MatrixSource, View, WeightPair

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import replace
 
+from deltaspec.architecture.roles import fused_role
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import Checkpoint, LowRankSource, MatrixSource, ModulePair, Shape, View, WeightPair
+from deltaspec.types import Checkpoint, LowRankSource, MatrixSource, ModulePair, Shape, WeightPair
 
 EMBEDDINGS = {"embed", "token_type_embed", "position_embed"}
 IN_BLOCKS = {
@@ -104,23 +105,12 @@ def _join(pairs: list[WeightPair], base: Checkpoint) -> tuple[WeightPair, ...]:
     for side in (first.base, first.tuned):
         view = replace(side.view, shape=whole, groups=1, start=0, stop=None)
         sides.append(replace(side, view=view))
-    key = replace(first.key, part="", role=_fused_role([pair.key.role for pair in pairs]))
+    key = replace(first.key, part="", role=fused_role((pair.key.role for pair in pairs), otherwise=first.key.role))
     return (WeightPair(key, whole, sides[0], sides[1], any(pair.guessed for pair in pairs)),)
 
 
 def _stored(pair: WeightPair) -> object:
     return pair.tuned.spec if isinstance(pair.tuned, MatrixSource) else pair.tuned.terms
-
-
-def _fused_role(roles: list[str]) -> str:
-    return "gate_up_proj" if "gate_proj" in roles else "qkv_proj" if "q_proj" in roles else roles[0]
-
-
-def row_ids(view: View, height: int) -> list[int]:
-    """Return which rows of the whole matrix a part takes, (d_out,)."""
-    size = height // view.groups
-    stop = size if view.stop is None else view.stop
-    return [group * size + row for group in range(view.groups) for row in range(view.start, stop)]
 
 
 def grown_rows(pair: WeightPair) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from deltaspec.architecture.match import Identification
 from deltaspec.errors import PairingError
-from deltaspec.linalg.numerics import GRIDS
+from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, TensorSpec, WeightPair
 

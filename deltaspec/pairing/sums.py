@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaspec.architecture.match import identify
+from deltaspec.architecture.roles import fused_role
 from deltaspec.errors import PairingError
 from deltaspec.pairing.homes import factor_shape
 from deltaspec.pairing.names import natural_order
@@ -65,16 +66,12 @@ def sum_adapters(adapters: Sequence[AdapterIndex], weights: Sequence[float]) -> 
     modules = []
     for path in sorted(terms, key=natural_order):
         name = _tensor(path, terms[path][0][1])
-        found = known.matrices.get(name)
-        key = found[0].key if found and len(found) == 1 else MatrixKey(name, role=_fused(found))
+        found = known.matrices.get(name, ())
+        role = fused_role((part.key.role for part in found), otherwise="other")
+        key = found[0].key if len(found) == 1 else MatrixKey(name, role=role)
         modules.append(_module(path, terms[path], replace(key, tensor=name, part="", expert=None)))
     total.modules = tuple(modules)
     return total
-
-
-def _fused(found: object) -> str:
-    roles = [part.key.role for part in found] if isinstance(found, tuple) else []
-    return "gate_up_proj" if "gate_proj" in roles else "qkv_proj" if "q_proj" in roles else "other"
 
 
 def _tensor(path: str, term: LowRankTerm) -> str:

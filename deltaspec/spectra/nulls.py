@@ -30,9 +30,19 @@ def _shape(d_out: int, d_in: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def null_rank(d_out: int, d_in: int, share: float = 0.9) -> int:
-    """Least number of directions that keep ``share`` of the energy of pure noise of this shape.
+    """Return the least number of directions that keep ``share`` of the energy of pure noise of this shape.
 
     The energy above x(θ₀) is (θ₀ - sin 2θ₀ / 2)/π, whatever β; the number of values above it is a·(1 - F(x(θ₀))).
+
+    Parameters
+    ----------
+    d_out, d_in : int
+    share : float, 0 < share < 1
+
+    Examples
+    --------
+    >>> null_rank(4096, 4096), null_rank(4096, 11008)
+    (2088, 2916)
 
     References
     ----------
@@ -53,7 +63,12 @@ def null_rank(d_out: int, d_in: int, share: float = 0.9) -> int:
 
 @lru_cache(maxsize=4096)
 def null_effective_rank(d_out: int, d_in: int) -> float:
-    """Entropy effective rank (p = σ/Σσ) of pure noise of this shape; about 0.805·n for a square matrix.
+    """Return the entropy effective rank (p = σ/Σσ) of pure noise of this shape; about 0.805·n for a square matrix.
+
+    Examples
+    --------
+    >>> round(null_effective_rank(1000, 1000))
+    805
 
     References
     ----------
@@ -70,7 +85,23 @@ def null_effective_rank(d_out: int, d_in: int) -> float:
 
 
 def null_singular_values(d_out: int, d_in: int) -> Vector:
-    """Singular values expected of independent noise of standard deviation 1: (min(d_out, d_in),), descending."""
+    """Return the singular values expected of independent noise of standard deviation 1.
+
+    Parameters
+    ----------
+    d_out, d_in : int
+
+    Returns
+    -------
+    array, (min(d_out, d_in),), float64, descending
+        The quantiles (i + ½)/a of the Marchenko–Pastur law, as σ; times the noise's own standard deviation they are
+        in units of the weights.
+
+    Examples
+    --------
+    >>> null_singular_values(3, 3000).round(0)
+    array([56., 55., 54.])
+    """
     side, length = _shape(d_out, d_in)
     if side == 0:
         return np.zeros(0)
@@ -83,7 +114,17 @@ def null_singular_values(d_out: int, d_in: int) -> Vector:
 
 @lru_cache(maxsize=4096)
 def median_of_law(d_out: int, d_in: int) -> float:
-    """Median of x = σ²/N under the Marchenko–Pastur law; .6528 for a square matrix."""
+    """Return the median of x = σ²/N under the Marchenko–Pastur law, N = max(d_out, d_in).
+
+    References
+    ----------
+    Gavish & Donoho, The optimal hard threshold for singular values is 4/√3, 2014, table of μ_β.
+
+    Examples
+    --------
+    >>> round(median_of_law(512, 512), 3), round(median_of_law(256, 1024), 3)
+    (0.653, 0.916)
+    """
     side, length = _shape(d_out, d_in)
     x, weight = _law(side / length)
     return float(np.interp(0.5, np.cumsum(weight) - weight / 2, x))

@@ -101,7 +101,24 @@ def amplify(weight: Tensor, left: Tensor, right: Tensor, *, norm: float) -> Ampl
 
 
 def null_projection(norm: float, rank: int, shape: tuple[int, int]) -> float:
-    """Root mean square of ‖UᵀWV‖ for random orthonormal U, V of ``rank`` columns: ‖W‖·r/√(d_out·d_in)."""
+    """Return the root mean square of ‖UᵀWV‖ for random orthonormal U, V of ``rank`` columns: ‖W‖·r/√(d_out·d_in).
+
+    Parameters
+    ----------
+    norm : float
+        ‖W‖_F, in units of the weights.
+    rank : int
+    shape : (d_out, d_in)
+
+    References
+    ----------
+    Hu et al., LoRA, arXiv:2106.09685, table 7: its random baselines are 0.02 and 0.33.
+
+    Examples
+    --------
+    >>> round(null_projection(61.95, 4, (12288, 12288)), 4)
+    0.0202
+    """
     return norm * rank / math.sqrt(shape[0] * shape[1])
 
 

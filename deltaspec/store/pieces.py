@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError
-from deltaspec.files.atomic import write_atomically
+from deltaspec.files.atomic import write_whole
 from deltaspec.store.record import file_stem, read_json_header
 
 if TYPE_CHECKING:
@@ -37,14 +37,15 @@ class Pieces:
         from safetensors.torch import save
 
         content = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            write_atomically(self._file(key), bytes(save(content, metadata={"row": json.dumps(row)})))
-        except OSError as cause:
-            message = (
-                f"The folder {self.folder} cannot be written ({cause.strerror}): free space or rights, then run "
-                "the same command again."
-            )
-            raise RunError(message) from cause
+        stored = bytes(save(content, metadata={"row": json.dumps(row)}))
+        write_whole(self._file(key), stored, durable=False, refusal=self._unwritable)
+
+    def _unwritable(self, _: Path, cause: OSError) -> RunError:
+        message = (
+            f"The folder {self.folder} cannot be written ({cause.strerror}): free space or rights, then run "
+            "the same command again."
+        )
+        return RunError(message)
 
     def row(self, key: str) -> dict[str, Any] | None:
         """Return the plain data of a piece, or None where it is missing."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.files.atomic import is_leftover, write_atomically
+from deltaspec.files.atomic import is_leftover, write_whole
+from deltaspec.store.formats.run import FailedRecord, Manifest, VectorRow
 from deltaspec.store.record import encode, file_stem, read_record, read_spectrum
-from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
+from deltaspec.types import MatrixKey, MatrixRecord, SkippedTensor, Spectrum
 
 if TYPE_CHECKING:
     import pandas
@@ -26,11 +27,11 @@ class Run:
     Attributes
     ----------
     path : Path
-    manifest : dict
+    manifest : Manifest
         What was compared, with which options and versions; see format.md.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
 
     def __repr__(self) -> str:
@@ -48,7 +49,7 @@ class Run:
         folder = Path(path)
         file = folder / "manifest.json"
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest: Manifest = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as cause:
             message = f"{folder} holds no manifest.json: expected a run directory written by deltaspec analyze."
             raise RunError(message) from cause
@@ -66,8 +67,14 @@ class Run:
         return cls(folder, manifest)
 
     @classmethod
-    def create_or_resume(cls, path: str | Path, manifest: dict[str, Any]) -> Run:
+    def create_or_resume(cls, path: str | Path, manifest: Mapping[str, object]) -> Run:
         """Start a run, or go on with the one at ``path`` if it compares the same files with the same options.
+
+        Parameters
+        ----------
+        path : str or Path
+        manifest : mapping
+            What RunContent says.
 
         Raises
         ------
@@ -81,7 +88,7 @@ class Run:
                     message = f"{folder} exists and is not a run directory: pass another one with -o."
                     raise RunError(message)
                 text = json.dumps({"format": FORMAT, "version": VERSION, **manifest}, indent=1)
-                write_atomically(folder / "manifest.json", text.encode())
+                write_whole(folder / "manifest.json", text.encode(), refusal=_unwritable)
                 return cls.load(folder)
             run = cls.load(folder)
             found = list(differences(run.manifest, json.loads(json.dumps(manifest))))
@@ -94,8 +101,7 @@ class Run:
             for leftover in filter(is_leftover, folder.glob("**/*.tmp")):
                 leftover.unlink(missing_ok=True)
         except OSError as cause:
-            message = f"The run directory {folder} cannot be written ({cause.strerror}): pass another one with -o."
-            raise RunError(message) from cause
+            raise _unwritable(folder / "manifest.json", cause) from cause
         return run
 
     def _file(self, key: MatrixKey, store_key: str, suffix: str = ".safetensors") -> Path:
@@ -116,7 +122,7 @@ class Run:
 
     def put(self, record: MatrixRecord, spectrum: Spectrum) -> None:
         """Store a result by atomic rename; an earlier failure of the same matrix goes."""
-        write_atomically(self._file(record.key, record.store_key), encode(record, spectrum))
+        self._write(self._file(record.key, record.store_key), encode(record, spectrum))
         self.drop_failure(record.key, record.store_key)
 
     def adopt(self, other: Run, records: Sequence[tuple[MatrixKey, str]]) -> None:
@@ -124,20 +130,25 @@ class Run:
         for key, store_key in records:
             source, target = other._file(key, store_key), self._file(key, store_key)
             if source.exists() and not target.exists():
-                write_atomically(target, source.read_bytes())
+                self._write(target, source.read_bytes())
 
     def put_failure(self, key: MatrixKey, store_key: str, message: str) -> None:
         """Store why a matrix has no result; it is tried again on resume."""
-        content = json.dumps({"key": store_key, "message": message}, indent=1)
-        write_atomically(self._file(key, store_key, ".failed.json"), content.encode())
+        failed: FailedRecord = {"key": store_key, "message": message}
+        content = json.dumps(failed, indent=1)
+        self._write(self._file(key, store_key, ".failed.json"), content.encode())
 
     def drop_failure(self, key: MatrixKey, store_key: str) -> None:
         """Forget that a matrix or vector failed, if it did."""
         self._file(key, store_key, ".failed.json").unlink(missing_ok=True)
 
-    def put_vectors(self, rows: list[dict[str, Any]]) -> None:
+    def put_vectors(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Store the relative changes of norms and biases."""
-        write_atomically(self.path / "vectors.json", json.dumps(rows, indent=1).encode())
+        self._write(self.path / "vectors.json", json.dumps(list(rows), indent=1).encode())
+
+    def _write(self, file: Path, content: bytes) -> None:
+        """Store one of many small files; a damaged one is computed again."""
+        write_whole(file, content, durable=False, refusal=lambda _, cause: unwritable(self.path, cause))
 
     @cached_property
     def records(self) -> list[MatrixRecord]:
@@ -153,21 +164,20 @@ class Run:
     @cached_property
     def failures(self) -> dict[str, str]:
         """Matrices without a result: key → the sentence that says why."""
-        rows = [_read_json(path) for path in sorted(self.path.glob("matrices/*/*.failed.json"))]
+        rows: list[FailedRecord] = [_read_json(path) for path in sorted(self.path.glob("matrices/*/*.failed.json"))]
         return {row["key"]: row["message"] for row in rows}
 
     @cached_property
-    def vectors(self) -> list[dict[str, Any]]:
-        """Norms and biases: tensor, role, depth, stack, size, base_norm, relative_norm, unchanged_fraction."""
+    def vectors(self) -> list[VectorRow]:
+        """Norms and biases."""
         file = self.path / "vectors.json"
-        rows: list[dict[str, Any]] = _read_json(file) if file.exists() else []
+        rows: list[VectorRow] = _read_json(file) if file.exists() else []
         return rows
 
     @property
-    def skipped(self) -> list[dict[str, str]]:
+    def skipped(self) -> list[SkippedTensor]:
         """Tensors that were not compared, each with its reason."""
-        rows: list[dict[str, str]] = self.manifest.get("skipped", [])
-        return rows
+        return self.manifest.get("skipped", [])
 
     @property
     def missing(self) -> list[str]:
@@ -204,6 +214,17 @@ class Run:
         return frame
 
 
+def unwritable(folder: Path, cause: OSError) -> RunError:
+    """Return the error for a run directory that can no longer be written to."""
+    message = f"The run directory {folder} cannot be written ({cause.strerror}): free space or rights, then run again."
+    return RunError(message)
+
+
+def _unwritable(manifest: Path, cause: OSError) -> RunError:
+    message = f"The run directory {manifest.parent} cannot be written ({cause.strerror}): pass another one with -o."
+    return RunError(message)
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -213,13 +234,13 @@ def _read_json(path: Path) -> Any:
 
 
 def differences(
-    old: dict[str, Any], new: dict[str, Any], names: Sequence[str] = IDENTITY, prefix: str = ""
+    old: Mapping[str, object], new: Mapping[str, object], names: Sequence[str] = IDENTITY, prefix: str = ""
 ) -> Iterator[str]:
     """Say in words where two manifests' identities differ; references may differ, contents not.
 
     Parameters
     ----------
-    old, new : dict
+    old, new : mapping
     names : sequence of str
         The fields that make the identity.
     prefix : str

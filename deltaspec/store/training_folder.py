@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
 from deltaspec.errors import RunError
 from deltaspec.files import json_file, tensor_reader
-from deltaspec.files.atomic import unwritten, whole_file
+from deltaspec.files.atomic import unwritten, whole_folder, write_whole
 from deltaspec.files.tensor_writer import write_tensors
+from deltaspec.store.formats.training import MetricsLine, Position, TrainingReport
 
 FORMAT = 1
 REPORT, METRICS, CHECKPOINTS, FINAL, RESUME = "train.json", "metrics.jsonl", "checkpoints", "final", "resume"
@@ -34,10 +34,17 @@ class Folder:
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
-        self.report: dict[str, Any] = {}
+        self.report: TrainingReport
 
-    def begin(self, identity: dict[str, Any], *, overwrite: bool) -> None:
+    def begin(self, identity: Mapping[str, object], *, overwrite: bool) -> None:
         """Start a training, or go on with the same one; ``report`` is what stands in train.json.
+
+        Parameters
+        ----------
+        identity : mapping
+            What TrainingIdentity says.
+        overwrite : bool
+            Start again where the folder holds a training.
 
         Raises
         ------
@@ -65,7 +72,7 @@ class Folder:
         except OSError as cause:
             raise unwritten(self.path, cause) from cause
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self) -> TrainingReport | None:
         """Return train.json, or None where nothing has begun."""
         file = self.path / REPORT
         if not file.exists():
@@ -81,16 +88,15 @@ class Folder:
             if _is_ours(path):  # the report first: what a kill leaves of the rest is then no training
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def write(self, report: dict[str, Any]) -> None:
-        """Write train.json."""
-        self.report = report
+    def write(self, report: Mapping[str, object]) -> None:
+        """Write train.json; ``report`` is what TrainingReport says."""
+        self.report = cast("TrainingReport", report)
         if not self.writes:
             return
-        with whole_file(self.path / REPORT) as stream:
-            stream.write(json.dumps(report, indent=1, ensure_ascii=False).encode())
+        write_whole(self.path / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
 
-    def log(self, line: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+    def log(self, line: Mapping[str, object]) -> None:
+        """Add a line to metrics.jsonl: what MetricsLine says."""
         if not self.writes:
             return
         try:
@@ -99,7 +105,7 @@ class Folder:
         except OSError as cause:
             raise unwritten(self.path / METRICS, cause) from cause
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[MetricsLine]:
         """Read the lines of metrics.jsonl; one that a kill cut off is left out."""
         return list(read_metrics(self.path))
 
@@ -108,36 +114,35 @@ class Folder:
         if not self.writes:
             return
         kept = [line for line in self.metrics() if step is not None and line["step"] <= step]
-        with whole_file(self.path / METRICS) as stream:
-            stream.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
+        write_whole(self.path / METRICS, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
-    def newest(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def newest(self) -> tuple[Position, dict[str, Tensor]] | None:
         """Read the position and state of the newest checkpoint that training can go on from."""
         places = sorted((self.path / CHECKPOINTS).glob(f"step-*/{RESUME}/{POSITION}"))
         if not places:
             return None
         position = json_file.read_json(places[-1])
         specs, _ = tensor_reader.list_tensors(places[-1].with_name(STATE))
-        return position, {name: tensor_reader.load_tensor(spec) for name, spec in specs.items()}
+        return cast("Position", position), {name: tensor_reader.load_tensor(spec) for name, spec in specs.items()}
 
     def checkpoint(
-        self, step: int, save: Callable[[Path], None], state: Mapping[str, Tensor], position: dict[str, Any]
+        self, step: int, save: Callable[[Path], None], state: Mapping[str, Tensor], position: Mapping[str, object]
     ) -> None:
         """Write a checkpoint under a temporary name, rename it, then drop the states of earlier ones."""
-
-        def build(folder: Path) -> None:
+        if not self.writes:
+            return
+        name = f"step-{step:08}"
+        with whole_folder(self.path / CHECKPOINTS / name) as folder:  # a rewound training may come by a step again
             save(folder)
             write_tensors(folder / RESUME / STATE, state)
-            with whole_file(folder / RESUME / POSITION) as stream:
-                stream.write(json.dumps(position).encode())
-
-        name = f"step-{step:08}"
-        self._place(self.path / CHECKPOINTS / name, build)
+            write_whole(folder / RESUME / POSITION, json.dumps(position).encode())
         self.drop_states(but=name)
 
     def finish(self, save: Callable[[Path], None]) -> None:
         """Write what the training ends with."""
-        self._place(self.path / FINAL, save)
+        if self.writes:
+            with whole_folder(self.path / FINAL) as folder:
+                save(folder)
 
     def drop_states(self, *, but: str = "") -> None:
         """Delete what only a resumption needs."""
@@ -145,23 +150,8 @@ class Folder:
             if self.writes and place.parent.name != but:
                 shutil.rmtree(place, ignore_errors=True)
 
-    def _place(self, place: Path, build: Callable[[Path], None]) -> None:
-        if not self.writes:
-            return
-        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True)
-            build(temporary)
-            if place.exists():  # a step that a rewound training comes by again
-                shutil.rmtree(place)
-            temporary.rename(place)
-        except OSError as cause:
-            raise unwritten(place, cause) from cause
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
-
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> TrainingReport:
     """Read a training folder's train.json.
 
     Raises
@@ -174,7 +164,7 @@ def read_report(path: Path) -> dict[str, Any]:
         message = f"'{path}' is no training folder (it has no {REPORT}): pass what `deltaspec train -o` wrote."
         raise RunError(message)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: TrainingReport = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         message = f"{file} cannot be read ({cause}): train again with --overwrite."
         raise RunError(message) from cause
@@ -184,7 +174,7 @@ def read_report(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+def read_metrics(path: Path) -> Iterator[MetricsLine]:
     """Yield the lines of a training folder's metrics.jsonl, but for one that a kill cut off."""
     file = path / METRICS
     if not file.exists():
@@ -201,7 +191,7 @@ def _is_ours(path: Path) -> bool:
     )
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(old: Mapping[str, object], new: Mapping[str, object], prefix: str = "") -> Iterator[str]:
     for name in sorted(new.keys() - UNLIKE):
         before, after = old.get(name), new[name]
         if isinstance(before, dict) and isinstance(after, dict):

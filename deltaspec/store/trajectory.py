@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaspec.errors import RunError, require
-from deltaspec.files.atomic import is_leftover, write_atomically
+from deltaspec.files.atomic import is_leftover, write_whole
+from deltaspec.store.formats.run import TrajectoryContent, TrajectoryManifest
 from deltaspec.store.run import Run, differences
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ class Trajectory:
     Attributes
     ----------
     path : Path
-    manifest : dict
+    manifest : TrajectoryManifest
         The base, the options, and a row for each checkpoint; see format.md.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: TrajectoryManifest) -> None:
         self.path, self.manifest = path, manifest
 
     def __repr__(self) -> str:
@@ -45,7 +46,7 @@ class Trajectory:
         """
         file = Path(path) / FILE
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest: TrajectoryManifest = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as cause:
             message = f"{file} cannot be read ({cause}): expected a folder that deltaspec analyze wrote."
             raise RunError(message) from cause
@@ -59,7 +60,7 @@ class Trajectory:
         return cls(Path(path), manifest)
 
     @classmethod
-    def create_or_resume(cls, path: str | Path, manifest: dict[str, Any]) -> Trajectory:
+    def create_or_resume(cls, path: str | Path, manifest: TrajectoryContent) -> Trajectory:
         """Start a trajectory, or go on with the one at ``path`` if base and options are the same; steps are added.
 
         Raises
@@ -85,8 +86,8 @@ class Trajectory:
         except OSError as cause:
             message = f"The folder {folder} cannot be read ({cause.strerror}): pass another one with -o."
             raise RunError(message) from cause
-        head = {"format": FORMAT, "version": VERSION}
-        trajectory = cls(folder, {**head, **manifest, "checkpoints": [rows[step] for step in sorted(rows)]})
+        found_rows = [rows[step] for step in sorted(rows)]
+        trajectory = cls(folder, {"format": FORMAT, "version": VERSION, **manifest, "checkpoints": found_rows})
         trajectory.write()
         return trajectory
 
@@ -98,18 +99,15 @@ class Trajectory:
         RunError
             If it cannot be written.
         """
-        try:
-            write_atomically(self.path / FILE, json.dumps(self.manifest, indent=1).encode())
-        except OSError as cause:
-            message = f"The folder {self.path} cannot be written ({cause.strerror}): pass another one with -o."
-            raise RunError(message) from cause
+        write_whole(self.path / FILE, json.dumps(self.manifest, indent=1).encode(), refusal=_unwritable)
 
     def note(self, step: int, failure: str) -> None:
         """Store why a checkpoint has no run; "" forgets an earlier failure."""
         for row in self.manifest["checkpoints"]:
             if row["step"] == step:
                 row.pop("failure", None)
-                row |= {"failure": failure} if failure else {}
+                if failure:
+                    row["failure"] = failure
         self.write()
 
     def folder(self, step: int) -> Path:
@@ -155,6 +153,11 @@ class Trajectory:
         """Return the same as a DataFrame (pandas is optional)."""
         frame: pandas.DataFrame = require("pandas", extra="pandas").DataFrame(self.to_dicts())
         return frame
+
+
+def _unwritable(file: Path, cause: OSError) -> RunError:
+    message = f"The folder {file.parent} cannot be written ({cause.strerror}): pass another one with -o."
+    return RunError(message)
 
 
 def load_results(path: str | Path) -> Run | Trajectory:

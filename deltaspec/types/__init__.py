@@ -5,28 +5,32 @@ Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F
 """
 
 from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
+from deltaspec.types.identity import PlainFields, SkippedTensor, SourceIdentity, WeightedSource
 from deltaspec.types.notes import Note, NoteKind
 from deltaspec.types.progress import Step
 from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectrum, Truncation
 from deltaspec.types.stored import (
     AdapterIndex,
     Checkpoint,
+    ForeignAdapter,
     Identified,
     LowRankSource,
     LowRankTerm,
     MatrixKey,
     MatrixSource,
+    Opened,
     Shape,
     TensorSpec,
-    View,
     WeightPair,
 )
+from deltaspec.types.view import View
 
 __all__ = [
     "AdapterIndex",
     "AdapterModule",
     "Checkpoint",
     "Entry",
+    "ForeignAdapter",
     "Identified",
     "LowRankDelta",
     "LowRankSource",
@@ -37,12 +41,17 @@ __all__ = [
     "ModulePair",
     "Note",
     "NoteKind",
+    "Opened",
+    "PlainFields",
     "Rounding",
     "Shape",
+    "SkippedTensor",
+    "SourceIdentity",
     "Spectrum",
     "Step",
     "TensorSpec",
     "Truncation",
     "View",
     "WeightPair",
+    "WeightedSource",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from deltaspec.types.identity import SkippedTensor
+
 
 class NoteKind(StrEnum):
     """What a note is about."""
@@ -18,6 +20,7 @@ class NoteKind(StrEnum):
     WHOLE = "whole"  # an adapter holds a tensor whole, beside its factors
     ONE_SIDED = "one-sided"  # only one side has a tensor
     UNTOUCHED = "untouched"  # how much of the base an adapter leaves as it is
+    GROWN = "grown"  # rows of a vocabulary that only the tuned side has
     ADDED = "added"  # a tensor is new in the result
 
 
@@ -33,6 +36,6 @@ class Note:
         """Print as its text."""
         return self.text
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> SkippedTensor:
         """Return the row that reports list of a tensor left out: ``tensor`` and ``reason``."""
         return {"tensor": self.tensor, "reason": self.text}

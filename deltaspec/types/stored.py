@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltaspec.types.view import View
+
 Shape = tuple[int, ...]
 
 
@@ -23,23 +25,6 @@ class TensorSpec:
     dtype: str
     scale: TensorSpec | None = None
     block: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """How one matrix (d_out, d_in) lies inside a stored tensor.
-
-    Read in this order: take ``expert`` along the leading axis (stacks of experts); flatten trailing axes so that
-    two remain (convolutions: out, in·k·k); transpose if stored as (d_in, d_out); then the rows are ``groups`` equal
-    groups, and this matrix takes rows ``start:stop`` of each (fused projections; one group when they are contiguous).
-    """
-
-    shape: tuple[int, int]
-    expert: int | None = None
-    transposed: bool = False
-    groups: int = 1
-    start: int = 0
-    stop: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +124,26 @@ class AdapterIndex:
     base_model: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignAdapter:
+    """An opened adapter folder that is not plain LoRA: its change is not read off its files, nothing is read yet.
+
+    ``files`` is its weight file, empty where that is missing; ``config`` the content of adapter_config.json.
+    ``refusal`` is the sentence with which whatever needs factors refuses it.
+    """
+
+    ref: str
+    root: Path
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    refusal: str
+    revision: str | None = None
+
+
+Opened = Checkpoint | AdapterIndex
+"""What has weights, or factors, that can be read off its files."""
 
 
 @dataclass(frozen=True, slots=True)

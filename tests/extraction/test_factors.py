@@ -11,17 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaspec.errors import NumericalError
-from deltaspec.extraction.factors import (
-    DTYPES,
-    balance,
-    block_diagonal,
-    cast_factors,
-    optimum,
-    pad,
-    product_error,
-    stored_errors,
-)
-from deltaspec.linalg.numerics import GRIDS
+from deltaspec.extraction.factor_errors import optimum, product_error, stored_errors
+from deltaspec.extraction.factors import balance, block_diagonal, cast_factors, pad
+from deltaspec.files.dtypes import GRIDS, OPTIONS
 from deltaspec.types import LowRankDelta, Truncation
 
 CPU = torch.device("cpu")
@@ -85,13 +77,13 @@ def test_ranks_of_one_truncation_are_slices():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("dtype", list(OPTIONS))
 def test_stored_errors_are_those_of_the_rounded_factors(shape, dtype):
     """Several ranks in one pass; a truncated fp32 error of 1e-7 keeps its digits too."""
     matrix = matrix_of(shape)
     found = truncated(matrix, 30)
     stored = [cast_factors(balance(found, rank), dtype) for rank in (0, 3, 12, 30)]
-    assert all(a.dtype == b.dtype == DTYPES[dtype] for a, b in stored)
+    assert all(a.dtype == b.dtype == OPTIONS[dtype].torch for a, b in stored)
     errors = stored_errors(pieces(matrix), shape, stored, device=CPU, energy=found.energy)
     assert errors == pytest.approx([relative(matrix, a, b) for a, b in stored], rel=1e-9)
     assert errors == pytest.approx(stored_errors(pieces(matrix), shape, stored, device=CPU), rel=1e-12)
@@ -188,7 +180,8 @@ def test_a_direction_that_vanishes_is_refused_where_it_counts():
 
 
 def test_dtype_names_are_those_of_the_file_format():
-    for name, dtype in DTYPES.items():
+    for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.items():
+        assert OPTIONS[name].torch == dtype
         assert torch.finfo(dtype).eps == 2.0 ** -GRIDS[{"bf16": "BF16", "fp16": "F16", "fp32": "F32"}[name]].mantissa
 
 

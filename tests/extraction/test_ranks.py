@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltaspec.extraction.ranks import POLICIES, clamp, rank_above, rank_for_energy, rank_for_error
+from deltaspec.extraction.ranks import POLICIES, RankChoice, clamp, rank_above, rank_for_energy, rank_for_error
 from deltaspec.linalg.svd import decompose
-from deltaspec.options import BUDGETS
+from deltaspec.options import BUDGETS, RankOptions
 from deltaspec.options import POLICIES as NAMES
+from deltaspec.types import Truncation
 
 VALUES = st.lists(st.integers(0, 2**20), min_size=1, max_size=30).map(lambda v: sorted(v, reverse=True))
 
@@ -115,3 +117,59 @@ def test_policies_are_those_of_the_options_and_say_what_they_do():
     assert {name: POLICIES[name].function(values, 21.0, amount) for name, amount in amounts.items()} == {
         "rank": 2, "energy": 2, "error": 2, "above_rounding": 2,
     }  # fmt: skip
+
+
+SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+
+
+def truncation(values, held):
+    """A truncation of a matrix with these singular values that holds the first of them."""
+    energy = float(values.square().sum())
+    sides = torch.eye(len(values), dtype=torch.float64)[:, :held]
+    residual = float(values[held:].square().sum())
+    return Truncation(sides, values[:held], sides, (len(values),) * 2, energy, residual, 0.0, "test", values)
+
+
+def test_ranks_that_a_budget_bought_are_held_under_the_side_alone():
+    choice = RankChoice({"a": 3, "b": 9, "c": 0}, True, RankOptions("params", (1,), minimum=2, maximum=2), side=4)
+    assert choice.known == {"a": 3, "b": 4, "c": 0}
+    assert choice.largest == 4
+
+
+def test_fixed_ranks_keep_their_bounds_and_never_exceed_what_was_found():
+    choice = RankChoice({"a": 1, "b": 9}, False, RankOptions("rank", (1, 9), minimum=2, maximum=3), side=4)
+    assert choice.known == {"a": 2, "b": 3}
+    assert choice.largest == 3
+    assert choice.settle(truncation(SIGMAS, 2)) == {"a": 2, "b": 2}
+
+
+def test_a_policy_gives_the_same_ranks_before_and_after_the_truncation():
+    labels = {"half": 0.7, "most": 0.99}
+    choice = RankChoice(labels, False, RankOptions("energy", (0.7, 0.99), maximum=3), side=4)
+    energy = float(SIGMAS.square().sum())
+    wanted = {label: min(rank_for_energy(SIGMAS, energy, share), 3) for label, share in labels.items()}
+    assert choice.known is None
+    assert choice.largest(SIGMAS) == max(wanted.values()) == 3
+    assert choice.settle(truncation(SIGMAS, 3)) == wanted == {"half": 1, "most": 3}
+
+
+def test_the_edge_of_rounding_is_asked_for_by_its_policy_alone():
+    asked = []
+
+    def edge():
+        asked.append(1.5)
+        return 1.5
+
+    options = RankOptions("above_rounding")
+    assert RankChoice(options.labels(), False, options, 4, edge).choose(SIGMAS) == {"above-rounding": 2}
+    options = RankOptions("error", (0.5,))
+    assert RankChoice(options.labels(), False, options, 4, edge).choose(SIGMAS) == {"error-0.5": 1}
+    assert asked == [1.5]
+
+
+def test_a_zero_matrix_gets_no_direction_whatever_the_minimum():
+    options, zero = RankOptions("energy", (0.9,), minimum=2), torch.zeros(4, dtype=torch.float64)
+    choice = RankChoice({"a": 0.9}, False, options, side=4)
+    assert choice.choose(zero) == {"a": 0}
+    assert choice.settle(truncation(zero, 0)) == {"a": 0}
+    assert choice.settle(replace(truncation(zero, 0), values=None)) == {"a": 0}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from deltaspec.errors import NumericalError
 from deltaspec.extraction import whiten
-from deltaspec.extraction.factors import cast_factors, optimum
+from deltaspec.extraction.factor_errors import optimum
+from deltaspec.extraction.factors import cast_factors
 from deltaspec.extraction.whiten import balance_weighted, factor_moments, truncate_weighted, weigh, weighted_errors
 from deltaspec.linalg.truncated import truncate
 from tests.extraction.test_factors import CPU, matrix_of, pieces

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import fingerprint, open_source
+from deltaspec.io.open import fingerprint, open_plain
 from deltaspec.types import Checkpoint
 from tests.io.files import refusal, write_checkpoint, write_index, write_raw
 
@@ -90,7 +90,7 @@ def test_truncated_files(tmp_path: Path, layout: str, share: float) -> None:
 
 
 def test_a_file_that_shrinks_after_it_was_opened(tmp_path: Path) -> None:
-    source = open_source(write_checkpoint(tmp_path, {"a": torch.randn(64, 64)}))
+    source = open_plain(write_checkpoint(tmp_path, {"a": torch.randn(64, 64)}))
     assert isinstance(source, Checkpoint)
     (tmp_path / "model.safetensors").write_bytes(b"gone")
     with pytest.raises(CheckpointError, match=r"'a' from '.*model\.safetensors'"):
@@ -115,7 +115,7 @@ def test_an_index_that_follows_links_as_hub_caches_do(tmp_path: Path) -> None:
     save_file({"w": torch.eye(2)}, tmp_path / "blobs" / "0a1b")
     (tmp_path / "snapshot" / "x.safetensors").symlink_to(Path("..", "blobs", "0a1b"))
     write_index(tmp_path / "snapshot", {"w": "x.safetensors"})
-    assert open_source(tmp_path / "snapshot")
+    assert open_plain(tmp_path / "snapshot")
 
 
 def test_an_index_that_does_not_know_its_shards(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_flipped_bytes_are_read_or_refused_and_nothing_else(tmp_path: Path, layo
             damaged[generator.randrange(min(len(damaged), 900))] = generator.randrange(256)
         file.write_bytes(damaged)
         try:
-            source = open_source(file)
+            source = open_plain(file)
             fingerprint(source)
             assert isinstance(source, Checkpoint)
             for spec in source.tensors.values():

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, NumericalError, RunError
-from deltaspec.files import tensor_writer as writer
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import MergeOptions
 from deltaspec.workflows.merging.merge import merge
@@ -104,7 +103,7 @@ def stop_after(monkeypatch, count, error=KeyboardInterrupt()):  # noqa: B008 (ne
             raise error
         sync(descriptor)
 
-    monkeypatch.setattr(writer.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
 
 
 def test_interrupting_says_how_to_go_on(sides, tmp_path):

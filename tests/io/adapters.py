@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deltaspec.io.open import open_source
-from deltaspec.io.peft_writer import plan_adapter, write_adapter
+from deltaspec.io.open import open_plain
+from deltaspec.io.peft_writer import PeftForm, plan_adapter, write_adapter
 from deltaspec.types import AdapterModule, Checkpoint
 from tests.families import write
 
 
 def checkpoint(folder: Path, names: dict[str, tuple[int, ...]], **config: Any) -> Checkpoint:
-    found = open_source(write(folder, {name: torch.zeros(shape) for name, shape in names.items()}, config))
+    found = open_plain(write(folder, {name: torch.zeros(shape) for name, shape in names.items()}, config))
     assert isinstance(found, Checkpoint)
     return found
 
@@ -32,11 +32,13 @@ def module(
 
 def stored(base: Checkpoint, modules: list[AdapterModule], folder: Path, **options: Any) -> dict[str, Tensor]:
     folder.mkdir(exist_ok=True)
-    write_adapter(folder, modules, options.pop("full", []), base=base, **{"dtype": "fp32", **options})
+    write_adapter(folder, modules, options.pop("full", []), base=base, form=PeftForm(**{"dtype": "fp32", **options}))
     found = load_file(folder / "adapter_model.safetensors")
     assert all(key.startswith("base_model.model.") for key in found)
     return {key.removeprefix("base_model.model."): tensor for key, tensor in found.items()}
 
 
 def config_of(base: Checkpoint, modules: list[AdapterModule], **options: Any) -> dict[str, Any]:
-    return plan_adapter(modules, options.pop("full", []), base=base, **{"dtype": "fp32", **options}).config
+    return plan_adapter(
+        modules, options.pop("full", []), base=base, form=PeftForm(**{"dtype": "fp32", **options})
+    ).config

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 
 LAYOUTS = ("single", "sharded", "pickled", "nested", "legacy", "sharded_bin")
 
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], layout: str
 def refusal(path: Path | str) -> str:
     """The sentence with which a path is refused; it must be one line, and say what to do."""
     with pytest.raises(CheckpointError) as caught:
-        open_source(path)
+        open_plain(path)
     said = str(caught.value)
     assert said.startswith("Cannot ")
     assert said.endswith(".")

@@ -19,8 +19,8 @@ from tests.io.test_hub import COMMIT, Hub
 SCRIPT = """
 import json, sys
 from deltaspec.io.companions import find_companions
-from deltaspec.io.open import open_source
-files, note = find_companions(open_source(sys.argv[1]))
+from deltaspec.io.open import open_plain
+files, note = find_companions(open_plain(sys.argv[1]))
 print(json.dumps([sorted(file.name for file in files), note]))
 """
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io.open import fingerprint, open_source
+from deltaspec.io.open import fingerprint, open_plain
 from tests.io.files import LAYOUTS, write_checkpoint, write_config
 
 
@@ -22,10 +22,10 @@ def tensors(changed: str = "") -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_dense_change_of_any_tensor_shows(tmp_path: Path, layout: str) -> None:
-    original = fingerprint(open_source(write_checkpoint(tmp_path / "a", tensors(), layout)))
+    original = fingerprint(open_plain(write_checkpoint(tmp_path / "a", tensors(), layout)))
     assert all(len(value) == 32 and int(value, 16) >= 0 for value in original.values())
     for name in tensors():
-        changed = fingerprint(open_source(write_checkpoint(tmp_path / name, tensors(changed=name), layout)))
+        changed = fingerprint(open_plain(write_checkpoint(tmp_path / name, tensors(changed=name), layout)))
         assert changed.keys() == original.keys()
         assert changed != original
 
@@ -34,19 +34,19 @@ def test_a_dense_change_of_any_tensor_shows(tmp_path: Path, layout: str) -> None
 def test_a_copy_has_the_same(tmp_path: Path, layout: str) -> None:
     folder = write_checkpoint(tmp_path / "a", tensors(), layout)
     write_config(folder, model_type="llama")
-    original = fingerprint(open_source(folder))
+    original = fingerprint(open_plain(folder))
     shutil.copytree(folder, tmp_path / "b")
     for file in (tmp_path / "b").iterdir():
         os.utime(file, (1, 1))
-    assert fingerprint(open_source(tmp_path / "b")) == original
+    assert fingerprint(open_plain(tmp_path / "b")) == original
     write_config(tmp_path / "b", model_type="gpt2")
-    assert {name for name, value in fingerprint(open_source(tmp_path / "b")).items() if original[name] != value} == {
+    assert {name for name, value in fingerprint(open_plain(tmp_path / "b")).items() if original[name] != value} == {
         "config.json"
     }
 
 
 def test_a_file_that_is_gone(tmp_path: Path) -> None:
-    source = open_source(write_checkpoint(tmp_path, tensors(), "pickled"))
+    source = open_plain(write_checkpoint(tmp_path, tensors(), "pickled"))
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         fingerprint(source)

@@ -25,14 +25,14 @@ NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
 SCRIPT = """
 import json, sys, time
 from deltaspec.errors import CheckpointError
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 if sys.argv[1] == "no-names":
     import socket
     socket.getaddrinfo = lambda *found, **named: time.sleep(60)
 for ref in sys.argv[2:]:
     begin = time.monotonic()
     try:
-        source = open_source(ref)
+        source = open_plain(ref)
         said = {"tensors": sorted(getattr(source, "tensors", None) or source.modules), "revision": source.revision}
         said |= {"config": source.config, "files": sorted(file.name for file in source.files)}
     except CheckpointError as error:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import deltaspec
 from deltaspec.errors import CheckpointError, PairingError
-from deltaspec.io.open import fingerprint, open_source
+from deltaspec.io.open import fingerprint, open_plain
 from deltaspec.types import AdapterIndex
 from deltaspec.workflows.merging.merge import merge
 from tests.families import FAMILIES, random_state, write
@@ -141,7 +141,7 @@ def test_two_of_them_are_compared_by_their_flattened_names(tmp_path):
 
 
 def test_the_index_is_an_adapters(tmp_path):
-    source = open_source(file(tmp_path / "style.safetensors", *UNET_MODULES.values()))
+    source = open_plain(file(tmp_path / "style.safetensors", *UNET_MODULES.values()))
     assert isinstance(source, AdapterIndex)
     assert {f"lora_unet_{path.replace('.', '_')}": s for path, s in SCALING.items()} == {
         name: term.scaling for name, term in source.modules.items()
@@ -167,7 +167,7 @@ FINE = {f"{NAME}.lora_down.weight": A, f"{NAME}.lora_up.weight": B}
 ])  # fmt: skip
 def test_what_is_not_lora_is_refused_by_its_name(tensors, said, tmp_path):
     with pytest.raises(CheckpointError, match=rf"'{re.escape(next(iter(tensors)))}' in .*{said}"):
-        open_source(file(tmp_path / "style.safetensors", FINE, tensors))
+        open_plain(file(tmp_path / "style.safetensors", FINE, tensors))
 
 
 @pytest.mark.parametrize("tensors", [
@@ -180,10 +180,10 @@ def test_what_is_not_lora_is_refused_by_its_name(tensors, said, tmp_path):
 ])  # fmt: skip
 def test_factors_that_do_not_fit(tensors, tmp_path):
     with pytest.raises(CheckpointError, match=rf"'{NAME}' in '.*save the adapter again"):
-        open_source(file(tmp_path / "style.safetensors", tensors))
+        open_plain(file(tmp_path / "style.safetensors", tensors))
 
 
 @pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(float("nan")), torch.ones(2)])
 def test_an_alpha_that_is_no_positive_number(alpha, tmp_path):
     with pytest.raises(CheckpointError, match=rf"'{NAME}\.alpha' in .*positive number"):
-        open_source(file(tmp_path / "style.safetensors", FINE, {f"{NAME}.alpha": alpha}))
+        open_plain(file(tmp_path / "style.safetensors", FINE, {f"{NAME}.alpha": alpha}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deltaspec.io.matrix import open_matrix, read_tensor
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint, MatrixSource, View
 from tests.io.files import LAYOUTS, write_checkpoint, write_config
 
@@ -24,7 +24,7 @@ DTYPES = {
 
 
 def opened(folder: Path) -> Checkpoint:
-    source = open_source(folder)
+    source = open_plain(folder)
     assert isinstance(source, Checkpoint)
     return source
 

@@ -14,9 +14,9 @@ from tests.io.files import write_checkpoint
 SCRIPT = """
 import resource, sys
 from deltaspec.io.matrix import open_matrix
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import MatrixSource, View
-source = open_source(sys.argv[1])
+source = open_plain(sys.argv[1])
 def read(spec):
     return open_matrix(MatrixSource(spec, View(spec.shape))).rows(0, spec.shape[0]).sum().item()
 specs = list(source.tensors.values())

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import read_low_rank, read_tensor
-from deltaspec.io.open import fingerprint, open_source
-from deltaspec.types import AdapterIndex, LowRankSource, View
+from deltaspec.io.open import fingerprint, open_plain, open_source
+from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankSource, View
 
 PREFIX = "base_model.model."
 
@@ -41,7 +41,7 @@ def factors(module: str, *, d_out: int = 5, d_in: int = 4, r: int = 2) -> dict[s
 
 
 def opened(folder: Path) -> AdapterIndex:
-    source = open_source(folder)
+    source = open_plain(folder)
     assert isinstance(source, AdapterIndex)
     return source
 
@@ -168,6 +168,19 @@ def test_magnitudes_are_refused_whatever_the_config_says(tmp_path: Path) -> None
         opened(write_adapter(tmp_path, {**factors("q"), "q.lora_magnitude_vector": torch.ones(5)}))
 
 
+@pytest.mark.parametrize("config", [{"peft_type": "VERA"}, {"use_dora": True}, {"peft_type": "PREFIX_TUNING"}])
+def test_what_is_not_plain_lora_opens_as_what_it_is(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = write_adapter(tmp_path, factors("q"), **config)
+    found = open_source(folder)
+    assert isinstance(found, ForeignAdapter)
+    assert (found.ref, found.root, found.config["peft_type"]) == (str(folder), folder, config.get("peft_type", "LORA"))
+    assert [file.name for file in found.files] == ["adapter_model.safetensors"]
+    with pytest.raises(CheckpointError) as caught:
+        open_plain(folder)
+    assert str(caught.value) == found.refusal
+    assert fingerprint(found).keys() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 @pytest.mark.parametrize("option", ["r", "lora_alpha"])
 @pytest.mark.parametrize("value", [0, -1, None, "8", True, float("nan"), float("inf"), [2]])
 def test_numbers_that_make_no_sense(tmp_path: Path, option: str, value: object) -> None:
@@ -215,19 +228,19 @@ def test_folders_without_weights_or_config(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path, factors("q"))
     (folder / "adapter_config.json").rename(folder / "elsewhere.json")
     with pytest.raises(CheckpointError, match=r"LoRA factor without 'adapter_config\.json'"):
-        open_source(folder)
+        open_plain(folder)
     (folder / "elsewhere.json").rename(folder / "adapter_config.json")
     (folder / "adapter_model.safetensors").unlink()
     for path in (folder, folder / "adapter_config.json"):
         with pytest.raises(CheckpointError, match=r"none of adapter_model\.safetensors"):
-            open_source(path)
+            open_plain(path)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.lora_down.weight", "unet.to_q.lora.down.weight", "lora_A.weight"])
 def test_lora_files_of_other_tools(tmp_path: Path, name: str) -> None:
     save_file({name: torch.ones(2, 3)}, tmp_path / "style.safetensors")
     with pytest.raises(CheckpointError, match="LoRA factor without"):
-        open_source(tmp_path / "style.safetensors")
+        open_plain(tmp_path / "style.safetensors")
 
 
 def test_an_empty_adapter(tmp_path: Path) -> None:

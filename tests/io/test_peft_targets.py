@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaspec.io.open import open_source
-from deltaspec.io.peft_writer import plan_adapter
-from deltaspec.io.running import Place, place_tensors
+from deltaspec.architecture.running_names import Place, place_tensors
+from deltaspec.io.open import open_plain
+from deltaspec.io.peft_writer import PeftForm, plan_adapter
 from deltaspec.types import AdapterModule, Checkpoint, Entry
 from tests.families import FAMILIES, random_state, write
 from tests.io.adapters import checkpoint, config_of, module, stored
@@ -53,7 +53,7 @@ def test_a_tensor_that_peft_would_save_with_others_is_not_carried(tmp_path: Path
     base = checkpoint(tmp_path / "base", {n: tuple(p.shape) for n, p in Net().state_dict().items()})
     names = ("norm.weight", "inner.norm.weight", "pre_norm.bias")
     full = [Entry(name, (4,), "F32", lambda: torch.ones(4)) for name in names]
-    plan = plan_adapter([module("proj", 4, 4)], full, base=base, dtype="fp32")
+    plan = plan_adapter([module("proj", 4, 4)], full, base=base, form=PeftForm("fp32"))
     assert plan.config["modules_to_save"] == ["inner.norm", "pre_norm"]
     assert plan.refused.keys() == {"norm.weight"}
     assert "'inner.norm'" in plan.refused["norm.weight"]
@@ -64,7 +64,7 @@ def test_a_tensor_that_peft_would_save_with_others_is_not_carried(tmp_path: Path
 def test_a_module_stored_whole_and_adapted_inside_is_not_carried(tmp_path: Path) -> None:
     base = checkpoint(tmp_path / "base", {"v.embed.cls": (1, 4), "v.embed.proj.weight": (5, 4), "top": (2, 2)})
     full = [Entry(name, (2, 2), "F32", lambda: torch.ones(2, 2)) for name in ("v.embed.cls", "top")]
-    plan = plan_adapter([module("v.embed.proj")], full, base=base, dtype="fp32")
+    plan = plan_adapter([module("v.embed.proj")], full, base=base, form=PeftForm("fp32"))
     assert plan.config["modules_to_save"] is None
     assert "has factors" in plan.refused["v.embed.cls"]
     assert "no module" in plan.refused["top"]
@@ -82,7 +82,7 @@ def test_a_module_stored_whole_and_adapted_inside_is_not_carried(tmp_path: Path)
 def test_factors_that_peft_cannot_hold_are_named(
     names: dict[str, tuple[int, ...]], found: AdapterModule, words: str, tmp_path: Path
 ) -> None:
-    plan = plan_adapter([found], [], base=checkpoint(tmp_path, names), dtype="fp32")
+    plan = plan_adapter([found], [], base=checkpoint(tmp_path, names), form=PeftForm("fp32"))
     assert not plan.entries
     assert words in plan.refused[found.path]
 
@@ -90,7 +90,7 @@ def test_factors_that_peft_cannot_hold_are_named(
 def test_several_parameters_of_one_module_in_an_unknown_order(tmp_path: Path) -> None:
     base = checkpoint(tmp_path, {"m.experts.w1": (3, 5, 4), "m.experts.v1": (3, 5, 4)})
     stacks = [module(f"m.experts.{name}", kind="stack", experts=3) for name in ("w1", "v1")]
-    plan = plan_adapter(stacks, [], base=base, dtype="fp32")
+    plan = plan_adapter(stacks, [], base=base, form=PeftForm("fp32"))
     assert plan.refused.keys() == {"m.experts.w1", "m.experts.v1"}
     assert not plan.entries
 
@@ -98,7 +98,7 @@ def test_several_parameters_of_one_module_in_an_unknown_order(tmp_path: Path) ->
 def test_dense_layers_of_models_with_experts_are_reached_as_parameters(tmp_path: Path) -> None:
     """PEFT 0.21 takes modules named like older experts for experts, and drops them from target_modules."""
     family = FAMILIES["qwen3_moe"]
-    base = open_source(write(tmp_path / "base", random_state(family), family.config))
+    base = open_plain(write(tmp_path / "base", random_state(family), family.config))
     assert isinstance(base, Checkpoint)
     modules = [module("model.layers.1.mlp.gate_proj", 40, 24), module("model.layers.0.self_attn.q_proj", 32, 24)]
     config = config_of(base, modules)

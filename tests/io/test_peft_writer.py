@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from deltaspec.io.open import open_source
-from deltaspec.io.peft_writer import plan_adapter
+from deltaspec.io.open import open_plain
+from deltaspec.io.peft_writer import PeftForm, plan_adapter
 from deltaspec.types import Checkpoint
 from tests.families import FAMILIES, random_state, write
 from tests.io.adapters import checkpoint, config_of, module, stored
@@ -77,7 +77,7 @@ def test_a_stack_that_peft_takes_for_its_transpose(tmp_path: Path) -> None:
 def test_experts_stored_one_by_one_become_a_stack(tmp_path: Path) -> None:
     """Those without factors get zeros; w1 and w3 have ranks of their own."""
     family = FAMILIES["mixtral"]
-    base = open_source(write(tmp_path / "base", random_state(family), family.config))
+    base = open_plain(write(tmp_path / "base", random_state(family), family.config))
     assert isinstance(base, Checkpoint)
     place = "model.layers.0.block_sparse_moe.experts"
     gate, up = module(f"{place}.1.w1", 40, 24), module(f"{place}.2.w3", 40, 24, k=1)
@@ -106,7 +106,7 @@ def test_ranks_and_scales(rslora: bool, tmp_path: Path) -> None:
         assert alpha / (math.sqrt(rank) if rslora else rank) == 1.0
     adapter = stored(base, modules, tmp_path / "adapter", rslora=rslora)
     assert torch.equal(adapter["a.lora_A.weight"][2:], torch.zeros(1, 4))
-    assert all(term.scaling == 1.0 for term in open_source(tmp_path / "adapter").modules.values())  # type: ignore[union-attr]
+    assert all(term.scaling == 1.0 for term in open_plain(tmp_path / "adapter").modules.values())  # type: ignore[union-attr]
 
 
 def test_biases_go_with_all_targets_or_none(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_biases_go_with_all_targets_or_none(tmp_path: Path) -> None:
     assert torch.equal(found["a.lora_B.bias"], torch.arange(5.0).bfloat16())
     assert torch.equal(found["b.lora_B.bias"], torch.zeros(5).bfloat16())
     assert config_of(base, [carrying])["lora_bias"] is True
-    plan = plan_adapter([carrying, module("e", 9, 4, kind="embedding")], [], base=base, dtype="fp32")
+    plan = plan_adapter([carrying, module("e", 9, 4, kind="embedding")], [], base=base, form=PeftForm("fp32"))
     assert plan.config["lora_bias"] is False
     assert "'e'" in plan.refused["a.bias"]
     assert not any("bias" in entry.name for entry in plan.entries)
@@ -125,7 +125,7 @@ def test_biases_go_with_all_targets_or_none(tmp_path: Path) -> None:
 def test_a_unet_by_its_keys(tmp_path: Path) -> None:
     """diffusers adds no prefix to its own names; convolutions keep their kernels."""
     family = FAMILIES["unet"]
-    base = open_source(write(tmp_path / "base", random_state(family), family.config))
+    base = open_plain(write(tmp_path / "base", random_state(family), family.config))
     assert isinstance(base, Checkpoint)
     modules = []
     for name, shape in family.tensors.items():

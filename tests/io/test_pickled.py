@@ -10,12 +10,12 @@ import torch
 
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint
 
 
 def opened(path: Path) -> Checkpoint:
-    source = open_source(path)
+    source = open_plain(path)
     assert isinstance(source, Checkpoint)
     return source
 

@@ -10,7 +10,7 @@ import torch
 
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import open_matrix
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.io.quantised import dequantise
 from deltaspec.types import Checkpoint, MatrixSource, View
 from tests.io.files import write_checkpoint, write_config
@@ -30,7 +30,7 @@ def by_element(stored: np.ndarray, scale: np.ndarray, block: tuple[int, int]) ->
 def opened(folder: Path, tensors: dict[str, torch.Tensor], layout: str = "single", **config: object) -> Checkpoint:
     write_checkpoint(folder, tensors, layout)
     write_config(folder, **config)
-    source = open_source(folder)
+    source = open_plain(folder)
     assert isinstance(source, Checkpoint)
     return source
 

@@ -10,7 +10,7 @@ import torch
 
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import open_matrix
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
 from tests.io.files import write_checkpoint
 
@@ -41,7 +41,7 @@ CASES = {
 
 
 def stored(folder: Path, tensor: torch.Tensor, layout: str = "single") -> TensorSpec:
-    source = open_source(write_checkpoint(folder, {"w": tensor}, layout))
+    source = open_plain(write_checkpoint(folder, {"w": tensor}, layout))
     assert isinstance(source, Checkpoint)
     return source.tensors["w"]
 

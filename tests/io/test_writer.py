@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from deltaspec.errors import CheckpointError, RunError
-from deltaspec.files import tensor_writer as writer
-from deltaspec.files.dtypes import TORCH
-from deltaspec.files.tensor_writer import write_safetensors
+from deltaspec.files import atomic
+from deltaspec.files.dtypes import DTYPES
+from deltaspec.files.tensor_writer import STORABLE, write_safetensors
 from deltaspec.io.staging import Staging
 from deltaspec.types import Entry
 
+TORCH = {name: DTYPES[name].torch for name in STORABLE}
 NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
@@ -123,7 +124,7 @@ def test_a_system_that_refuses_is_one_sentence_and_nothing_is_left(number, tmp_p
     def refuse(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(writer.os, "fsync", refuse)
+    monkeypatch.setattr(atomic.os, "fsync", refuse)
     with pytest.raises(RunError, match=f"{os.strerror(number)}") as caught:
         write_safetensors(path, [entry("w", torch.ones(2))])
     assert str(path) in str(caught.value)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltaspec.linalg.numerics import GRIDS, binade, first_non_finite, lies_on
+from deltaspec.files.dtypes import GRIDS
+from deltaspec.linalg.numerics import binade, first_non_finite, lies_on
 
 INTEGERS = {
     "F64": (torch.float64, torch.int64),

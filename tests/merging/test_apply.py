@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deltaspec.errors import NumericalError
 from deltaspec.merging import apply
-from deltaspec.merging.apply import Loss, merge_block, merge_rows
+from deltaspec.merging.apply import Loss, Summands, merge_block, merge_rows
 
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 
@@ -80,8 +80,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
         monkeypatch.setattr(apply, "BLOCK", block)
         out = torch.empty_like(weight)
         loss = merge_rows(
-            lambda i, j: weight[i:j],
-            lambda i, j: b[i:j] @ a,
+            Summands(lambda i, j: weight[i:j], lambda i, j: b[i:j] @ a),
             lambda i, j, rows: out[i:j].copy_(rows),  # noqa: B023 (called before the next turn)
             shape=(50, 30),
             dtype=torch.bfloat16,

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from deltaspec.architecture.views import view_matrix
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import open_source
-from deltaspec.io.peft_writer import write_adapter
+from deltaspec.io.open import open_plain
+from deltaspec.io.peft_writer import PeftForm, write_adapter
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.types import AdapterModule, Checkpoint, Entry
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        opened = open_source(self.base)
+        opened = open_plain(self.base)
         assert isinstance(opened, Checkpoint)
         return opened
 
@@ -174,7 +174,7 @@ def store(case: Case, folder: Path, *, full: list[Entry] | None = None, **option
     """Write the case's adapter; returns what was refused."""
     folder.mkdir(exist_ok=True)
     settings = {"dtype": "fp32", **options}
-    return write_adapter(folder, case.modules(), full or [], base=case.checkpoint, **settings)
+    return write_adapter(folder, case.modules(), full or [], base=case.checkpoint, form=PeftForm(**settings))
 
 
 def attach(base: Path, adapter: Path) -> Any:
@@ -201,7 +201,7 @@ def assert_parity(case: Case, adapter: Path, *, merge: bool = True) -> None:
 
 def assert_read_back(case: Case, adapter: Path) -> None:
     """Our own reader pairs the files with the base, every matrix once, and finds the same products."""
-    plan = pair_adapter(case.checkpoint, open_source(adapter), AnalyzeOptions(device="cpu"))
+    plan = pair_adapter(case.checkpoint, open_plain(adapter), AnalyzeOptions(device="cpu"))
     assert {pair.base.spec.name for pair in plan.pairs} == set(case.factors)
     assert len({str(pair.key) for pair in plan.pairs}) == len(plan.pairs)
     elements = 0

@@ -461,7 +461,7 @@ def test_extract_merge_and_analyze_agree_with_the_certificate(tmp_path):
         assert added[row["matrix"]]["rank_above_rounding"] == 5
     energy = sum((pair.change(name) ** 2).sum() for name in added)
     rest = sum(row["frobenius_norm"] ** 2 for row in left.values())
-    assert report["totals"]["error"] == checked.totals["error"] == pytest.approx((rest / energy) ** 0.5, rel=1e-4)
+    assert report["totals"]["error"] == checked.totals.error == pytest.approx((rest / energy) ** 0.5, rel=1e-4)
 
 
 def coarse_pair(folder, kind):

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import open_source
-from deltaspec.io.peft_writer import write_adapter
+from deltaspec.io.open import open_plain
+from deltaspec.io.peft_writer import PeftForm, write_adapter
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from tests.oracle.models import BUILT
@@ -88,10 +88,11 @@ def test_a_model_that_unties_its_head(tmp_path):
     lora_A, lora_B = (torch.randn(f.shape, generator=torch.Generator().manual_seed(9)) for f in case.factors[embedding])
     head = replace(case.modules()[0], path="lm_head", kind="linear", read=lambda: (lora_A, lora_B))
     (tmp_path / "both").mkdir()
-    assert not write_adapter(tmp_path / "both", [*case.modules(), head], [], base=case.checkpoint, dtype="fp32")
+    modules = [*case.modules(), head]
+    assert not write_adapter(tmp_path / "both", modules, [], base=case.checkpoint, form=PeftForm("fp32"))
     write_untied(case, case.stored[embedding] + lora_B @ lora_A)
     assert_parity(case, tmp_path / "both", merge=False)
-    plan = pair_adapter(case.checkpoint, open_source(tmp_path / "both"), AnalyzeOptions(device="cpu"))
+    plan = pair_adapter(case.checkpoint, open_plain(tmp_path / "both"), AnalyzeOptions(device="cpu"))
     assert {str(pair.key) for pair in plan.pairs} == {embedding, "lm_head.weight"}
     found = read_low_rank(next(pair.tuned for pair in plan.pairs if str(pair.key) == "lm_head.weight"))
     assert torch.allclose(found.lora_B @ found.lora_A, lora_B.double() @ lora_A.double())
@@ -111,7 +112,7 @@ def test_ranks_that_differ_and_factors_shorter_than_their_rank(name, rslora, tmp
     case.factors = {key: pair for key, pair in case.factors.items() if case.kinds[key] != "embedding"}
     modules = [replace(m, rank=m.rank + i % 3) for i, m in enumerate(case.modules())]
     (tmp_path / "adapter").mkdir()
-    write_adapter(tmp_path / "adapter", modules, [], base=case.checkpoint, dtype="fp32", rslora=rslora)
+    write_adapter(tmp_path / "adapter", modules, [], base=case.checkpoint, form=PeftForm("fp32", rslora))
     write_tuned(case)
     assert_parity(case, tmp_path / "adapter")
     assert_read_back(case, tmp_path / "adapter")
@@ -146,9 +147,9 @@ def test_biases_go_beside_the_factors(name, tmp_path):
         for m in case.modules()
     ]
     (tmp_path / "adapter").mkdir()
-    assert not write_adapter(tmp_path / "adapter", modules, [], base=case.checkpoint, dtype="fp32")
+    assert not write_adapter(tmp_path / "adapter", modules, [], base=case.checkpoint, form=PeftForm("fp32"))
     write_tuned(case, {key: case.stored[key] + change for key, change in biases.items()})
     assert_parity(case, tmp_path / "adapter")
-    adapter = open_source(tmp_path / "adapter")
+    adapter = open_plain(tmp_path / "adapter")
     plan = pair_adapter(case.checkpoint, adapter, AnalyzeOptions(device="cpu"))
     assert {v.key.tensor for v in plan.vectors} == {f"{m.path}.bias" for m in modules}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from deltaspec.architecture.views import view_matrix
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.types import Entry
@@ -71,7 +71,7 @@ def test_tensors_stored_whole(name, tmp_path):
     assert_parity(case, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"]
-    adapter = open_source(tmp_path / "adapter")
+    adapter = open_plain(tmp_path / "adapter")
     plan = pair_adapter(case.checkpoint, adapter, AnalyzeOptions(device="cpu"))
     paired = {v.key.tensor for v in plan.vectors} | {p.base.spec.name for p in plan.pairs}
     assert set(whole) | set(case.factors) <= paired
@@ -115,7 +115,7 @@ def test_stacks_that_peft_itself_saved(name, listed, tmp_path):
     else:
         merged.save_pretrained(tmp_path / "merged")
         after = load_file(tmp_path / "merged" / "model.safetensors")
-    plan = pair_adapter(case.checkpoint, open_source(tmp_path / "adapter"), AnalyzeOptions(device="cpu"))
+    plan = pair_adapter(case.checkpoint, open_plain(tmp_path / "adapter"), AnalyzeOptions(device="cpu"))
     changed = {key for key, tensor in case.stored.items() if not torch.equal(after[key], tensor)}
     assert {pair.base.spec.name for pair in plan.pairs} == changed
     assert any("experts" in key or "linear" in key for key in changed)

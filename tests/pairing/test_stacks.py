@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import deltaspec
 from deltaspec.errors import CheckpointError, PairingError
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from tests.families import FAMILIES, random_state, write
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -83,13 +83,13 @@ def test_another_number_of_experts_is_another_base(experts: int, tmp_path: Path)
 def test_older_and_unknown_foldings_are_refused_by_name(version: object, tmp_path: Path) -> None:
     lora = adapter(tmp_path / "lora", {f"{EXPERTS}.down_proj": stack(24, 40)}, peft_version=version)
     with pytest.raises(CheckpointError, match=r"target_parameters of PEFT .*since 0\.19\.1"):
-        open_source(lora)
+        open_plain(lora)
 
 
 @pytest.mark.parametrize("version", ["0.19.1", "0.20.0", "0.21.3.dev0@abc", "1.0"])
 def test_newer_ones_are_read(version: str, tmp_path: Path) -> None:
     lora = adapter(tmp_path / "lora", {f"{EXPERTS}.down_proj": stack(24, 40)}, peft_version=version)
-    term = open_source(lora).modules[f"{EXPERTS}.down_proj"]  # type: ignore[union-attr]
+    term = open_plain(lora).modules[f"{EXPERTS}.down_proj"]  # type: ignore[union-attr]
     assert (term.experts, term.scaling) == (3, 3.0)
 
 
@@ -108,14 +108,14 @@ def test_nests_that_cannot_be_told_apart(listed: object, words: str, tmp_path: P
     factors = {f"{EXPERTS}.gate_up_proj": stack(80, 24), f"{EXPERTS}.down_proj": stack(24, 40)}
     lora = adapter(tmp_path / "lora", factors, target_parameters=listed)
     with pytest.raises(CheckpointError, match=words):
-        open_source(lora)
+        open_plain(lora)
 
 
 def test_an_expert_that_a_stack_lacks(tmp_path: Path) -> None:
     from deltaspec.io.matrix import read_low_rank
     from deltaspec.types import LowRankSource, View
 
-    lora = open_source(adapter(tmp_path / "lora", {f"{EXPERTS}.down_proj": stack(24, 40)}))
+    lora = open_plain(adapter(tmp_path / "lora", {f"{EXPERTS}.down_proj": stack(24, 40)}))
     (term,) = lora.modules.values()  # type: ignore[union-attr]
     for expert in (None, 3):
         with pytest.raises(CheckpointError, match=f"3 experts have no expert {expert}"):

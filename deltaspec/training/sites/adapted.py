@@ -139,7 +139,7 @@ def _apply(update: Update, x: Tensor, y: Tensor, *, base: nn.Module, weight: flo
     if site.whole:
         changed: Tensor = update(x, y, base=base, weight=weight)
         return changed
-    part = update(x, take_outputs(y, site.view), base=base, weight=weight)
+    part = update(x, site.view.take(y, axis=-1), base=base, weight=weight)
     return put_outputs(y, part, site.view)
 
 
@@ -195,18 +195,6 @@ def apply_weight(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight if isinstance(module, nn.Linear) else weight.T, module.bias)  # type: ignore[arg-type]
 
 
-def take_outputs(y: Tensor, view: View) -> Tensor:
-    """Take one part's outputs (…, d_part) out of a fused module's (…, d_out).
-
-    Examples
-    --------
-    >>> import torch
-    >>> take_outputs(torch.arange(6), View((2, 4), start=2, stop=4))
-    tensor([2, 3])
-    """
-    return _grouped(y, view)[..., view.start : view.stop].flatten(-2)
-
-
 def put_outputs(y: Tensor, part: Tensor, view: View) -> Tensor:
     """Return a fused module's outputs (…, d_out) with one part's (…, d_part) replaced; not in place.
 
@@ -216,10 +204,7 @@ def put_outputs(y: Tensor, part: Tensor, view: View) -> Tensor:
     >>> put_outputs(torch.zeros(4), torch.ones(2), View((2, 4), start=2, stop=4))
     tensor([0., 0., 1., 1.])
     """
-    grouped = _grouped(y, view)
-    stop = grouped.shape[-1] if view.stop is None else view.stop
-    return torch.cat([grouped[..., : view.start], _grouped(part, view), grouped[..., stop:]], dim=-1).flatten(-2)
-
-
-def _grouped(y: Tensor, view: View) -> Tensor:
-    return y.reshape(*y.shape[:-1], view.groups, y.shape[-1] // view.groups)
+    height, start, stop = view.split(y.shape[-1])
+    grouped = y.reshape(*y.shape[:-1], view.groups, height)
+    inside = part.reshape(*part.shape[:-1], view.groups, stop - start)
+    return torch.cat([grouped[..., :start], inside, grouped[..., stop:]], dim=-1).flatten(-2)

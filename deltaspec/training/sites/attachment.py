@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError
 from deltaspec.training.sites.adapted import Adapted, Update, check_free, wrap
 from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta
 from deltaspec.types.methods import MethodOptions, PeftConfig
-
-PREFIX = "base_model.model."  # what PEFT puts before every path
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from deltaspec.architecture.match import Identification, identify
+from deltaspec.architecture.roles import fused_role
 from deltaspec.architecture.views import view_matrix
 from deltaspec.errors import OptionError
-from deltaspec.training.sites.adapted import Adapted, take_outputs
+from deltaspec.training.sites.adapted import Adapted
 from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey, Shape, View
 from deltaspec.types.running import ModelConfig
@@ -121,16 +121,10 @@ def list_sites(model: nn.Module, *, split: bool) -> list[Site]:
             sites += [Site(path, kind, p.key, p.view.shape, p.view, whole=False) for p in parts]
         else:
             key = parts[0].key if parts else MatrixKey(f"{path}.weight")
-            key = MatrixKey(key.tensor, "", _fused_role(parts) if fused else key.role, key.depth, None, key.stack)
+            role = fused_role((part.key.role for part in parts), otherwise=key.role) if fused else key.role
+            key = MatrixKey(key.tensor, "", role, key.depth, None, key.stack)
             sites.append(Site(path, kind, key, shape, View(shape, transposed=kind == "conv1d")))
     return sites
-
-
-def _fused_role(parts: Sequence[Any]) -> str:
-    roles = [part.key.role for part in parts]
-    if roles[:1] == ["q_proj"]:
-        return "qkv_proj"
-    return "gate_up_proj" if set(roles) == {"gate_proj", "up_proj"} else roles[0]
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -167,7 +161,7 @@ def base_bias(module: nn.Module, site: Site) -> Tensor | None:
     bias = getattr(module, "bias", None)
     if bias is None or site.whole:
         return bias
-    return take_outputs(bias, site.view)
+    return site.view.take(bias)
 
 
 def refuse_embeddings(sites: Sequence[Site], method: str) -> None:

@@ -8,11 +8,12 @@ from dataclasses import asdict, fields
 
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX, named_alike
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.io.peft_writer import VERSION
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.adapted import check_free
-from deltaspec.training.sites.attachment import PREFIX, Attachment, Method
+from deltaspec.training.sites.attachment import Attachment, Method
 from deltaspec.training.sites.model_sites import list_modules, list_sites
 from deltaspec.training.sites.site import Site
 from deltaspec.training.stored.fused_parts import join_parts, state_ranks
@@ -67,7 +68,7 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
 def _name_targets(attachment: Attachment, method: Method) -> PeftConfig:
     """Say in PEFT's fields where an adapter acts: at its modules, and not at those whose names end in theirs."""
     paths = list(dict.fromkeys(site.path for site in attachment.sites))
-    alike = _named_alike(paths, [path for path, _ in list_modules(attachment.model)])
+    alike = named_alike(paths, (path for path, _ in list_modules(attachment.model)))
     exact = alike and method.peft == "VERA"  # whose config excludes nothing: one expression, of whole paths
     named: PeftConfig = {"target_modules": "|".join(map(re.escape, paths)) if exact else paths}
     if alike and not exact:
@@ -164,12 +165,6 @@ def _outermost(model: nn.Module, heads: Iterable[str]) -> list[str]:
             path = outer
         found[path] = None
     return list(found)
-
-
-def _named_alike(paths: Sequence[str], modules: Iterable[str]) -> list[str]:
-    """List modules that PEFT would take for one of these paths because their names end in it."""
-    chosen = set(paths)
-    return [m for m in modules if m not in chosen and any(m.endswith(f".{path}") for path in paths)]
 
 
 def name_method(config: PeftConfig) -> str | None:

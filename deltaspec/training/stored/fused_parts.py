@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.training.methods.lora.options import LoraOptions
 from deltaspec.training.methods.lora.peft_config import FACTOR, whole_number
-from deltaspec.training.sites.adapted import take_outputs
-from deltaspec.training.sites.attachment import PREFIX, Attachment
+from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types.methods import PeftConfig
@@ -107,7 +107,7 @@ def _join(parts: Sequence[Site], own: Sequence[Mapping[str, Tensor]], base: Tens
             whole = base.float().norm(dim=1).to(given[0].dtype) if norms else given[0].new_zeros(len(base))
         start = 0
         for part, tensor in zip(parts, given, strict=True):
-            rows = take_outputs(index, part.view)
+            rows = part.view.take(index)
             if tensor.ndim == 2:
                 whole[rows, start : start + tensor.shape[1]] = tensor.detach()
                 start += tensor.shape[1]

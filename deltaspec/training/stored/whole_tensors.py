@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX, is_saved, list_names
 from deltaspec.errors import CheckpointError
-from deltaspec.training.sites.attachment import PREFIX
 from deltaspec.training.sites.model_sites import HEADS, list_sites, module_at
 
 ROOT = "base_model."  # before a head's path where PEFT's adapter has no layers (prefix tuning)
@@ -37,11 +37,11 @@ def refuse_biases(model: nn.Module, config: Mapping[str, object], stored: Mappin
         If one is of neither a head nor a module that ``modules_to_save`` lists: the base would be changed for good, and
         no ``delta()`` would know.
     """
-    saved = config.get("modules_to_save")
+    saved = list_names(config.get("modules_to_save"))
     heads = [module_at(model, s.path) for s in list_sites(model, split=False) if s.key.role in HEADS]
     tied = {id(bias) for head in heads if (bias := head._parameters.get("bias")) is not None}
     for key in stored:
-        listed = isinstance(saved, list) and any(f".{name}." in f".{key}" for name in saved)
+        listed = is_saved(key, saved)
         of_head = key in whole and id(whole[key][0]._parameters[whole[key][1]]) in tied
         own = key.endswith(INNER) or (key in whole and whole[key][1] == "bias")
         if own and not listed and not of_head:

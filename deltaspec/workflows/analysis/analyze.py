@@ -7,23 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaspec.engine.local import resolve_devices
-from deltaspec.errors import AdapterError, PairingError
-from deltaspec.io.open import identify_source, open_source
+from deltaspec.errors import PairingError
+from deltaspec.io.open import identify_source, open_plain, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
 from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
 from deltaspec.store.run import Run
-from deltaspec.types import AdapterIndex, Checkpoint, LowRankSource, NoteKind, Step
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
 from deltaspec.workflows.analysis.stored_matrix import Task, analyze_matrix, memory_of
-from deltaspec.workflows.shared.fill_run import fill_run
-from deltaspec.workflows.shared.opened_base import Base, Source
-from deltaspec.workflows.shared.run_names import default_path, describe_environment, unwritable
+from deltaspec.workflows.shared.fill_run import Execution, fill_run
+from deltaspec.workflows.shared.opened_base import Base
+from deltaspec.workflows.shared.run_names import default_path, describe_environment, writing
 from deltaspec.workflows.shared.vector_changes import compare_vectors
 
 
-def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> tuple[Plan, Source, Source]:
+def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> tuple[Plan, Opened, Opened]:
     """Open both sides and pair them whole; reads headers alone (and embeddings, to see whether they are tied).
 
     Parameters
@@ -37,7 +36,7 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
     CheckpointError, PairingError
         If a side cannot be read, or the two do not belong together.
     """
-    first, second = open_source(base), open_source(tuned)
+    first, second = open_plain(base), open_plain(tuned)
     plan = pair_sources(first, second, options)
     refuse_shapes(plan.heads, vocabulary=False)
     return plan, first, second
@@ -58,18 +57,17 @@ def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Pla
     DeltaspecError
         As of ``analyze``.
     """
-    try:
-        second = open_source(tuned)
-    except AdapterError as adapter:
+    second = open_source(tuned)
+    if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             plan_attached,  # training's rooms load for such adapters only
         )
 
-        return plan_attached(base, adapter, options, ref=str(tuned))
+        return plan_attached(base, second, options)
     return pair_sources(base.source, second, options)
 
 
-def pair_sources(first: Source, second: Source, options: AnalyzeOptions) -> Plan:
+def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan:
     """Pair two sides that are open.
 
     Raises
@@ -122,60 +120,49 @@ def analyze(
     DeltaspecError
         If a side cannot be read, the two do not pair, or the run directory belongs to something else.
     """
-    return analyze_against(Base(base), tuned, out, options=options or AnalyzeOptions(), progress=progress)
+    return analyze_against(Base(base), tuned, out, Execution(options or AnalyzeOptions(), progress))
 
 
 def analyze_against(
     base: Base,
     tuned: str | Path,
-    out: str | Path | None = None,
-    *,
-    options: AnalyzeOptions,
-    progress: Callable[[Step], None] | None = None,
-    sibling: Run | None = None,
+    out: str | Path | None,
+    execution: Execution,
 ) -> Run:
-    """Do what ``analyze`` does, with a base that is open.
+    """Do what ``analyze`` does, with a base that is open, whose norms are kept for the next.
 
     Parameters
     ----------
     base : Base
-    tuned, out, options, progress
+    tuned, out
         As of ``analyze``.
-    sibling : Run, optional
-        Of the same base with the same options: spectra of the base itself are taken from it.
+    execution : Execution
     """
-    devices = resolve_devices(options.device, options.workers)
-    try:
-        second = open_source(tuned)
-    except AdapterError as adapter:
+    options, second = execution.options, open_source(tuned)
+    if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             analyze_attached,  # training's rooms load for such adapters only
         )
 
-        return analyze_attached(base, adapter, out, ref=str(tuned), options=options, progress=progress, sibling=sibling)
+        return analyze_attached(base, second, out, execution=execution)
     plan = pair_sources(base.source, second, options)
     tasks = _make_tasks(plan, options)
     manifest = _manifest(plan, base.source, second, options, tasks)
     run = Run.create_or_resume(out or default_path(manifest), manifest)
-    try:
+    with writing(run):
         compare_vectors(plan, run)
-        if sibling:
-            run.adopt(sibling, [(task.key, task.store_key) for task in tasks if task.spectrum_of == "base"])
-        fill_run(
-            run,
-            tasks,
-            lambda task, device: analyze_matrix(task, options, device, norms=base.norms),
-            cost=partial(memory_of, options=options),
-            options=options,
-            devices=devices,
-            progress=progress,
-        )
-    except OSError as cause:
-        raise unwritable(run.path, cause) from cause
-    return Run.load(run.path)
+        compute = partial(analyze_matrix, options=options, norms=dict(base.norms))
+        fill_run(run, tasks, compute, cost=partial(memory_of, options=options), execution=execution)
+    finished = Run.load(run.path)
+    of_factors = {str(pair.key) for pair in plan.pairs if isinstance(pair.tuned, LowRankSource)}
+    for record in finished.records:
+        norm = record.metrics.get("base_norm")
+        if record.store_key in of_factors and norm is not None:
+            base.norms[record.store_key] = float(norm)
+    return finished
 
 
-def _manifest(plan: Plan, base: Source, tuned: Source, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
+def _manifest(plan: Plan, base: Opened, tuned: Opened, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
     return {
         "base": identify_source(base),
         "tuned": identify_source(tuned),

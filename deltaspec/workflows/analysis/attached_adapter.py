@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from deltaspec.errors import AdapterError, CheckpointError, PairingError
-from deltaspec.files import json_file, tensor_reader
-from deltaspec.io import pickled, shards
+from deltaspec.architecture.peft_names import PREFIX
+from deltaspec.errors import CheckpointError, PairingError
+from deltaspec.io import shards
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import identify_source
-from deltaspec.io.peft import CONFIG, WEIGHTS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import HEAD, Plan, chosen, is_head
 from deltaspec.store.run import Run
-from deltaspec.training.sites.attachment import PREFIX, Attachment
+from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import identify_parameters, list_modules
 from deltaspec.training.stored.adapter_format import attach_stored, name_method
-from deltaspec.types import AdapterIndex, Checkpoint, Note, NoteKind, Step
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Note, NoteKind
 from deltaspec.workflows.analysis.attached_matrix import list_pieces
 from deltaspec.workflows.analysis.live import Sides, refuse_activations, run_live
+from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
 from deltaspec.workflows.shared.run_names import default_path
 
@@ -49,43 +49,36 @@ class Attached:
 
 def analyze_attached(
     base: Base,
-    refused: AdapterError,
+    adapter: ForeignAdapter,
     out: str | Path | None = None,
     *,
-    ref: str,
-    options: AnalyzeOptions,
-    progress: Callable[[Step], None] | None = None,
-    sibling: Run | None = None,
+    execution: Execution,
 ) -> Run:
     """Attach a stored adapter of any method to its running base, and analyse what it changes there.
 
     Parameters
     ----------
     base : Base
-    refused : AdapterError
-        What opening the adapter said; it knows the folder.
-    out, options, progress, sibling
-        As of ``analyze_against``.
-    ref : str
-        The adapter, as it was asked for.
+    adapter : ForeignAdapter
+    out : str or Path, optional
+    execution : Execution
 
     Raises
     ------
     PairingError, CheckpointError
         As of ``attach_adapter``.
     """
-    found = attach_adapter(base, refused, ref=ref, name="analysed")
+    found = attach_adapter(base, adapter, name="analysed")
     try:
-        sides = Sides(identify_source(base.source), found.tuned, found.names, found.notes, found.whole)
-        path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": options.identity()})
-        return run_live(
-            found.attachment, path, sides, options=options, norms=base.norms, progress=progress, sibling=sibling
-        )
+        identity = identify_source(base.source)
+        sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.norms))
+        path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": execution.options.identity()})
+        return run_live(found.attachment, path, sides, execution)
     finally:
         found.attachment.detach()
 
 
-def plan_attached(base: Base, refused: AdapterError, options: AnalyzeOptions, *, ref: str) -> Plan:
+def plan_attached(base: Base, adapter: ForeignAdapter, options: AnalyzeOptions) -> Plan:
     """Say what ``analyze_attached`` would analyse; reads the adapter, and of its base no weights.
 
     Raises
@@ -93,7 +86,7 @@ def plan_attached(base: Base, refused: AdapterError, options: AnalyzeOptions, *,
     PairingError, CheckpointError
         As of ``attach_adapter``.
     """
-    found = attach_adapter(base, refused, ref=ref, name="analysed", weights=False)
+    found = attach_adapter(base, adapter, name="analysed", weights=False)
     family = identify_parameters(found.attachment.model).family
     plan = Plan(notes=found.notes, skipped=list(found.whole), family=family)
     for _, piece, key in list_pieces(found.attachment, found.names):
@@ -104,16 +97,13 @@ def plan_attached(base: Base, refused: AdapterError, options: AnalyzeOptions, *,
     return plan
 
 
-def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str, weights: bool = True) -> Attached:
+def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: bool = True) -> Attached:
     """Attach a stored adapter of any method that changes weights to its running base.
 
     Parameters
     ----------
     base : Base
-    refused : AdapterError
-        What opening the adapter said; it knows the folder.
-    ref : str
-        The adapter, as it was asked for.
+    adapter : ForeignAdapter
     name : str
         Of the adapter on the model, unlike any other there.
     weights : bool
@@ -126,38 +116,35 @@ def attach_adapter(base: Base, refused: AdapterError, *, ref: str, name: str, we
     CheckpointError
         If no method of ours reads it, or it does not fit the base.
     """
-    folder = refused.folder
-    config = json_file.read_json(folder / CONFIG)
-    method = name_method(config)
+    method = name_method(adapter.config)
     if method is None:
-        raise refused
+        raise CheckpointError(adapter.refusal)
     refuse_activations(method)
     if isinstance(base.source, AdapterIndex):
-        message = f"The base {base.source.ref} is an adapter and {ref} one of {method}: pass the base model itself."
+        message = (
+            f"The base {base.source.ref} is an adapter and {adapter.ref} one of {method}: pass the base model itself."
+        )
         raise PairingError(message)
-    file = next((folder / weights for weights in WEIGHTS if (folder / weights).is_file()), None)
-    if file is None:
-        raise refused
-    stored, model = _read(file), base.run() if weights else base.outline()
+    if not adapter.files:
+        raise CheckpointError(adapter.refusal)
+    stored, model = _read(adapter.files[0]), base.run() if weights else base.outline()
     tensors, whole, notes = _fit(stored, model)
     try:
-        attachment = attach_stored(model, config, tensors, name=name)
+        attachment = attach_stored(model, adapter.config, tensors, name=name)
     except CheckpointError as cause:
-        cause.add_note(f"The adapter is '{folder}'.")
+        cause.add_note(f"The adapter is '{adapter.root}'.")
         raise
-    index = AdapterIndex(ref, folder, (file,), {}, {}, {}, config=config)
     return Attached(
         attachment,
         _own_names(base.source, [site.key.tensor for site in attachment.sites]),
-        {**identify_source(index), "live": True, "method": attachment.method},
+        {**identify_source(adapter), "live": True, "method": attachment.method},
         [*notes, Note(NoteKind.REMARK, f"the adapter is one of {method}: attached to the running base")],
         whole,
     )
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    room = tensor_reader if file.name.endswith(".safetensors") else pickled
-    tensors, _ = shards.gather([file], room.list_tensors)
+    tensors, _ = shards.list_tensors(file)
     return {name: read_tensor(spec) for name, spec in tensors.items()}
 
 

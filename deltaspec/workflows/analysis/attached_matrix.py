@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaspec.architecture.views import view_matrix
 from deltaspec.errors import NumericalError, PairingError
-from deltaspec.files.dtypes import DTYPES
+from deltaspec.files.dtypes import name_of
 from deltaspec.linalg.svd import decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence
@@ -22,7 +22,7 @@ from deltaspec.training.sites.model_sites import base_matrix, list_sites, module
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta, MatrixKey, MatrixRecord, Spectrum
 from deltaspec.workflows.analysis.stored_matrix import decompose_factors, make_record
-from deltaspec.workflows.shared.fill_run import Norms, work_of
+from deltaspec.workflows.shared.fill_run import work_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class LiveTask:
 
 @torch.no_grad()
 def analyze_site(
-    attachment: Attachment, task: LiveTask, options: AnalyzeOptions, *, device: torch.device, norms: Norms
+    task: LiveTask, device: torch.device, *, attachment: Attachment, options: AnalyzeOptions, norms: Mapping[str, float]
 ) -> tuple[MatrixRecord, Spectrum]:
     """Decompose one matrix of a running model and measure it.
 
@@ -65,7 +65,7 @@ def analyze_site(
     """
     start, piece = time.perf_counter(), task.piece
     base, delta = base_weight(attachment, piece), delta_of(attachment, task)
-    norm = norms[str(task.key)] = norms.get(str(task.key)) or norm_of(base)
+    norm = norms.get(str(task.key)) or norm_of(base)
     note, own = "", isinstance(attachment, BaseAttachment)
     try:
         if task.spectrum_of == "delta" and isinstance(delta, LowRankDelta):
@@ -90,7 +90,7 @@ def analyze_site(
         task.key,
         task.spectrum_of,
         (evidence, spectrum),
-        dtypes=(_dtype(base), _dtype(base) if own else _dtype(next(iter(attachment.state().values())))),
+        dtypes=(name_of(base.dtype), name_of(base.dtype if own else next(iter(attachment.state().values())).dtype)),
         start=start,
         device=device,
         notes=[note] if note else [],
@@ -141,10 +141,6 @@ def norm_of(weight: Tensor) -> float:
         message = "A weight of the base holds NaN or infinity: repair the base."
         raise NumericalError(message)
     return norm
-
-
-def _dtype(tensor: Tensor) -> str:
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def list_pieces(attachment: Attachment, names: Mapping[str, str]) -> Iterator[tuple[Site, Site, MatrixKey]]:

@@ -9,15 +9,16 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import PairingError
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.plan import Plan, chosen
+from deltaspec.store.formats.run import VectorRow
 from deltaspec.store.run import Run
 from deltaspec.training.methods import METHODS
 from deltaspec.training.methods.base_weights.own import BaseAttachment
@@ -25,20 +26,24 @@ from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_bias, identify_parameters, module_at
 from deltaspec.types import Note, Step
 from deltaspec.workflows.analysis.attached_matrix import LiveTask, analyze_site, base_weight, list_pieces, norm_of
-from deltaspec.workflows.shared.fill_run import Norms, fill_run
-from deltaspec.workflows.shared.run_names import describe_environment, unwritable
+from deltaspec.workflows.shared.fill_run import Execution, fill_run
+from deltaspec.workflows.shared.run_names import describe_environment, writing
 from deltaspec.workflows.shared.vector_changes import describe_change
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    """What a manifest says of a live analysis; ``names`` maps a running model's tensors to the base's own names."""
+    """What a manifest says of a live analysis; ``names`` maps a running model's tensors to the base's own names.
 
-    base: dict[str, Any]
-    tuned: dict[str, Any]
+    ``norms`` are those of the base's matrices, by key, that are known already.
+    """
+
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
     names: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)
+    norms: Mapping[str, float] = field(default_factory=dict)
 
 
 def analyze_live(
@@ -74,13 +79,12 @@ def analyze_live(
     RunError
         If the run directory belongs to something else or cannot be written.
     """
-    options, norms = options or AnalyzeOptions(), Norms()
-    sides = _identify(attachment, norms)
+    execution, sides = Execution(options or AnalyzeOptions(), progress), _identify(attachment)
     if out is not None:
-        return run_live(attachment, out, sides, options=options, norms=norms, progress=progress)
+        return run_live(attachment, out, sides, execution)
     folder = tempfile.mkdtemp(prefix="deltaspec-")
     try:
-        run = run_live(attachment, folder, sides, options=options, norms=norms, progress=progress)
+        run = run_live(attachment, folder, sides, execution)
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -88,19 +92,8 @@ def analyze_live(
     return run
 
 
-def run_live(
-    attachment: Attachment,
-    out: str | Path,
-    sides: Sides,
-    *,
-    options: AnalyzeOptions,
-    norms: Norms,
-    progress: Callable[[Step], None] | None = None,
-    sibling: Run | None = None,
-) -> Run:
+def run_live(attachment: Attachment, out: str | Path, sides: Sides, execution: Execution) -> Run:
     """Do what ``analyze_live`` does, under the names and identities of ``sides``.
-
-    Spectra of the base itself are taken from ``sibling``, a run of the same base with the same options.
 
     Raises
     ------
@@ -108,7 +101,7 @@ def run_live(
         As of ``analyze_live``.
     """
     refuse_activations(attachment.method)
-    devices = resolve_devices(options.device, options.workers)
+    options = execution.options
     plan, tasks = Plan(skipped=list(sides.skipped)), []
     for site, piece, key in list_pieces(attachment, sides.names):
         if chosen(key.tensor, options):
@@ -130,22 +123,16 @@ def run_live(
         "planned": [task.store_key for task in tasks],
     }
     run = Run.create_or_resume(out, manifest)
-    try:
+    with writing(run):
         run.put_vectors(rows)
-        if sibling:
-            run.adopt(sibling, [(task.key, task.store_key) for task in tasks if task.spectrum_of == "base"])
-        fill_run(
-            run,
-            tasks,
-            lambda task, device: analyze_site(attachment, task, options, device=device, norms=norms),
-            cost=lambda task: 32 * task.shape[0] * task.shape[1],  # ΔW, and what a method forms it from, in float64
-            options=options,
-            devices=devices,
-            progress=progress,
-        )
-    except OSError as cause:
-        raise unwritable(run.path, cause) from cause
+        compute = partial(analyze_site, attachment=attachment, options=options, norms=sides.norms)
+        fill_run(run, tasks, compute, cost=_memory_of, execution=execution)
     return Run.load(run.path)
+
+
+def _memory_of(task: LiveTask) -> int:
+    """Bytes that a task needs: ΔW, and what a method forms it from, in float64."""
+    return 32 * task.shape[0] * task.shape[1]
 
 
 def refuse_activations(method: str) -> None:
@@ -164,7 +151,7 @@ def refuse_activations(method: str) -> None:
         raise PairingError(message)
 
 
-def _compare_vectors(attachment: Attachment) -> Iterator[dict[str, Any]]:
+def _compare_vectors(attachment: Attachment) -> Iterator[VectorRow]:
     """Yield the rows of the norms and biases that a method trains: the base's own, or those beside its matrices."""
     if isinstance(attachment, BaseAttachment):
         for name, trained in attachment.state().items():
@@ -186,10 +173,10 @@ def _compare_vectors(attachment: Attachment) -> Iterator[dict[str, Any]]:
         yield describe_change(key, before, after)
 
 
-def _identify(attachment: Attachment, norms: Norms) -> Sides:
+def _identify(attachment: Attachment) -> Sides:
     """Say which model and which state of training a run is of: norms of the base's matrices, a hash of the state."""
-    for _, piece, key in list_pieces(attachment, {}):
-        norms[str(key)] = norm_of(base_weight(attachment, piece))
+    pieces = list_pieces(attachment, {})
+    norms = {str(key): norm_of(base_weight(attachment, piece)) for _, piece, key in pieces}
     state = hashlib.sha256()
     for name, tensor in sorted(attachment.state().items()):
         state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -200,4 +187,5 @@ def _identify(attachment: Attachment, norms: Norms) -> Sides:
     return Sides(
         {"ref": ref, "revision": None, "files": {"matrices": base.hexdigest()[:32]}},
         {"ref": f"{attachment.method} on {ref}", "revision": None, "files": {"state": state.hexdigest()[:32]}} | method,
+        norms=norms,
     )

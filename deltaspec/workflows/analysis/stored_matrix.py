@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,16 +12,15 @@ import torch
 
 from deltaspec.delta import DenseDelta, energy_of, stream
 from deltaspec.errors import NumericalError
+from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import CERTIFICATE, EPS, decompose
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import Evidence, measure
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixRecord, MatrixSource, Spectrum, WeightPair
-from deltaspec.workflows.shared.fill_run import Norms, work_of
+from deltaspec.workflows.shared.fill_run import work_of
 from deltaspec.workflows.shared.non_finite import locate
-
-WIDTH = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ def memory_of(task: Task, options: AnalyzeOptions) -> int:
     side, long = min(task.pair.shape), max(task.pair.shape)
     square = 8 * side * side
     sources = [source for source in (task.pair.base, task.pair.tuned) if isinstance(source, MatrixSource)]
-    mapped = sum(WIDTH.get(source.spec.dtype, 1) * side * long for source in sources)
+    mapped = sum(DTYPES[source.spec.dtype].width * side * long for source in sources)
     if len(sources) < 2:
         return mapped + 24 * (side + long) * 1024
     gram = square + mapped + (16 << 20)
@@ -69,17 +68,17 @@ def memory_of(task: Task, options: AnalyzeOptions) -> int:
 
 
 def analyze_matrix(
-    task: Task, options: AnalyzeOptions, device: torch.device, *, norms: Norms | None = None
+    task: Task, device: torch.device, *, options: AnalyzeOptions, norms: Mapping[str, float] | None = None
 ) -> tuple[MatrixRecord, Spectrum]:
     """Decompose one matrix and measure it.
 
     Parameters
     ----------
     task : Task
-    options : AnalyzeOptions
     device : torch.device
-    norms : dict, optional
-        Norms of the base's matrices that earlier analyses needed; this one's is added.
+    options : AnalyzeOptions
+    norms : mapping of str to float, optional
+        Norms of the base's matrices, by key, that are known already.
 
     Raises
     ------
@@ -94,7 +93,7 @@ def analyze_matrix(
         if task.spectrum_of != "delta":
             evidence, spectrum, note = _of_one(task, options, device)
         elif isinstance(pair.tuned, LowRankSource):
-            evidence, spectrum, note = _of_factors(pair, options, device, {} if norms is None else norms)
+            evidence, spectrum, note = _of_factors(pair, options, device, norms or {})
         else:
             evidence, spectrum, note = _of_delta(pair, options, device)
     except NumericalError as cause:
@@ -173,7 +172,7 @@ def _of_one(task: Task, options: AnalyzeOptions, device: torch.device) -> tuple[
 
 
 def _of_factors(
-    pair: WeightPair, options: AnalyzeOptions, device: torch.device, norms: Norms
+    pair: WeightPair, options: AnalyzeOptions, device: torch.device, norms: Mapping[str, float]
 ) -> tuple[Evidence, Spectrum, str]:
     """Decompose stored factors through QR, never formed densely."""
     assert isinstance(pair.tuned, LowRankSource)
@@ -181,8 +180,6 @@ def _of_factors(
     base_norm = norms.get(str(pair.key))
     if base_norm is None:
         base_norm = _norm_of(pair.base, device)
-    if base_norm is not None:
-        norms[str(pair.key)] = base_norm
     return Evidence(spectrum, base_norm=base_norm, unrounded=True), spectrum, ""
 
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.files.json_file import read_json
+from deltaspec.store.formats.training import TrainingReport
 from deltaspec.store.training_folder import CHECKPOINTS, FINAL, REPORT, read_report
 
 STEP = re.compile(r"(?:^|[-_.])(?:step|global_step|checkpoint|iter)s?[-_]?([0-9]{1,15})(?![0-9])")
@@ -106,7 +106,7 @@ def _step_of(ref: str | Path) -> int | None:
     return _last_step(read_report(training)) if ends else None
 
 
-def _last_step(report: dict[str, Any]) -> int | None:
+def _last_step(report: TrainingReport) -> int | None:
     """Return the step at which a training ended, if its report tells."""
-    step = (report.get("results") or {}).get("steps")
+    step = report["results"].get("steps") if report.get("results") else None
     return step if isinstance(step, int) and step >= 0 else None

@@ -9,13 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deltaspec.errors import CheckpointError, OptionError, PairingError
+from deltaspec.errors import CheckpointError, DeltaspecError, OptionError, PairingError
 from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
+from deltaspec.store.formats.run import TrajectoryContent
+from deltaspec.store.run import Run
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import Step
 from deltaspec.workflows.analysis.analyze import analyze_against, plan_analysis
 from deltaspec.workflows.analysis.training_steps import find_checkpoints
+from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
 
 
@@ -60,19 +63,26 @@ def trajectory(
         message = "There is no checkpoint to analyse: pass one or more, or a training folder."
         raise OptionError(message)
     opened = Base(base)
-    manifest = {
+    manifest: TrajectoryContent = {
         "base": identify_source(opened.source),
         "options": options.identity(),
         "deltaspec": version("deltaspec"),
         "checkpoints": [{"step": step, "ref": ref} for step, ref in found],
     }
     result = Trajectory.create_or_resume(out or _default_path(manifest, checkpoints), manifest)
-    account, refused, sibling = _Account(len(found), progress), [], None
+    _fill(result, found, opened, options, _Account(len(found), progress))
+    return Trajectory.load(result.path)
+
+
+def _fill(
+    result: Trajectory, found: Sequence[tuple[int, str]], base: Base, options: AnalyzeOptions, account: _Account
+) -> None:
+    """Analyse each checkpoint into its run; those that cannot be read or paired are noted, unless that is all."""
+    refused: list[DeltaspecError] = []
+    sibling: Run | None = None
     for step, ref in found:
         try:
-            sibling = analyze_against(
-                opened, ref, result.folder(step), options=options, progress=account.report, sibling=sibling
-            )
+            sibling = analyze_against(base, ref, result.folder(step), Execution(options, account.report, sibling))
             result.note(step, "")
         except (CheckpointError, PairingError) as error:
             refused.append(error)
@@ -80,7 +90,6 @@ def trajectory(
         account.next()
     if len(refused) == len(found):
         raise refused[0]
-    return Trajectory.load(result.path)
 
 
 class _Account:
@@ -113,7 +122,7 @@ def _add(past: Step, step: Step, *, ahead: int) -> Step:
     )
 
 
-def _default_path(manifest: dict[str, Any], checkpoints: Sequence[str | Path]) -> Path:
+def _default_path(manifest: TrajectoryContent, checkpoints: Sequence[str | Path]) -> Path:
     """Name the folder after base and training, the same as more checkpoints come."""
     first = Path(checkpoints[0])
     place = first if len(checkpoints) == 1 else first.parent

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from deltaspec.delta import DenseDelta, stream
-from deltaspec.errors import AdapterError
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.plan import chosen
 from deltaspec.training.sites.attachment import Attachment
-from deltaspec.types import LowRankDelta, MatrixKey, MatrixSource, WeightPair
+from deltaspec.types import ForeignAdapter, LowRankDelta, MatrixKey, MatrixSource, WeightPair
 from deltaspec.workflows.analysis.analyze import pair_sources
 from deltaspec.workflows.analysis.attached_adapter import attach_adapter
 from deltaspec.workflows.analysis.attached_matrix import LiveTask, base_weight, delta_of, list_pieces
@@ -52,10 +51,9 @@ def open_changes(
     name : str
         Of such an adapter on the running base, unlike any other there.
     """
-    try:
-        tuned = open_source(ref)
-    except AdapterError as refused:
-        attached = attach_adapter(base, refused, ref=str(ref), name=name)
+    tuned = open_source(ref)
+    if isinstance(tuned, ForeignAdapter):
+        attached = attach_adapter(base, tuned, name=name)
         keep.callback(attached.attachment.detach)
         tasks = [
             LiveTask(site, piece, key, "delta")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 
 from deltaspec.errors import OptionError, RunError
-from deltaspec.files.atomic import write_atomically
+from deltaspec.files.atomic import write_whole
 from deltaspec.plots.figures import FIGURES, Draw
 from deltaspec.plots.style import find_venue, use_venue
 from deltaspec.plots.tables import Columns, Floats
@@ -138,9 +138,10 @@ def write_figure(path: Path, data: bytes) -> Path:
     RunError
         If it cannot be written.
     """
-    try:
-        write_atomically(path, data)
-    except OSError as cause:
-        message = f"Cannot write '{path}' ({cause.strerror or cause}): choose a writable folder with -o."
-        raise RunError(message) from cause
+    write_whole(path, data, refusal=_unwritable)
     return path
+
+
+def _unwritable(path: Path, cause: OSError) -> RunError:
+    message = f"Cannot write '{path}' ({cause.strerror or cause}): choose a writable folder with -o."
+    return RunError(message)

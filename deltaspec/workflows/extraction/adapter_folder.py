@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from deltaspec.extraction.factors import DTYPES, block_diagonal, pad
+from deltaspec.extraction.factors import block_diagonal, pad
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.peft_writer import write_adapter
-from deltaspec.pairing.modules import row_ids
+from deltaspec.io.peft_writer import PeftForm, write_adapter
+from deltaspec.store.formats.adapter import AdapterReport
 from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
-from deltaspec.workflows.extraction.certificate import write_report
+from deltaspec.workflows.extraction.certificate import Written, write_report
+from deltaspec.workflows.extraction.factorise_matrix import name_factors
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
 
-if TYPE_CHECKING:
-    pass
 
-
-def write_adapters(assembly: Assembly, folder: Path, *, labels: Mapping[str, float]) -> dict[str, Any]:
+def write_adapters(assembly: Assembly, folder: Path) -> dict[str, AdapterReport]:
     """Write one adapter into ``folder``, or one for each label into folders of their names; return the reports."""
+    labels = assembly.options.ranks.labels()
     reports = {}
     for label in labels:
         place = folder if len(labels) == 1 else folder / label
         place.mkdir(parents=True, exist_ok=True)
-        reports[label] = _write_one(assembly, place, label)
+        reports[label] = write_report(assembly, _write_one(assembly, place, label))
     return reports
 
 
-def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
+def _write_one(assembly: Assembly, folder: Path, label: str) -> Written:
+    """Write one adapter's weights and config, and say what is in it."""
     form = assembly.options.form
     with_bias = form.extras in ("bias", "all")
     ranks = _stored_ranks(assembly, label)
@@ -40,23 +39,16 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> dict[str, Any]:
     modules += _bias_only(assembly, ranks) if with_bias else []
     modules = [module for module in modules if module.rank]
     full = _whole_entries(assembly) if form.extras == "all" else []
-    refused = write_adapter(
-        folder,
-        modules,
-        full,
-        base=assembly.sources.base,
-        dtype=assembly.sources.dtype,
-        rslora=form.rslora,
-        loader=assembly.loader,
-        untied=assembly.sources.heads,
-    )
+    sources = assembly.sources
+    stored_as = PeftForm(sources.dtype, form.rslora, sources.heads, assembly.extraction.loader or {})
+    refused = write_adapter(folder, modules, full, base=sources.base, form=stored_as)
     carried = {m.path for m in modules if m.read_bias and f"{m.path}.bias" not in refused and m.path not in refused}
     stored = {entry.name for entry in full} - refused.keys()
     left = [item for item in assembly.rest.leftovers if not _is_carried(item, carried, stored)]
     left += [_without(assembly, m, refused[m.path]) for m in assembly.changed if m.path in refused]
     left += [_without(assembly, m, "the policy gives it no direction") for m in assembly.changed if not ranks[m.path]]
     modules = [module for module in modules if module.path not in refused]
-    return write_report(assembly, folder, label=label, modules=modules, full=sorted(stored), left=left, refused=refused)
+    return Written(label, folder, modules, sorted(stored), left, refused)
 
 
 def _without(assembly: Assembly, module: ModulePair, reason: str) -> Leftover:
@@ -115,18 +107,18 @@ def _constant(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, Tensor]:
     """Read a module's factors from its pieces, joined where it is fused or a stack."""
-    dtype = DTYPES[assembly.sources.dtype]
+    dtype = OPTIONS[assembly.sources.dtype].torch
     pairs = []
     for pair in module.pairs:
         tensors = assembly.pieces.tensors(str(pair.key))
         empty = torch.zeros(0, pair.shape[1], dtype=dtype), torch.zeros(pair.shape[0], 0, dtype=dtype)
-        pairs.append(tuple(tensors.get(f"{label}.{n}", e) for n, e in zip(("lora_A", "lora_B"), empty, strict=True)))
+        pairs.append(tuple(tensors.get(n, e) for n, e in zip(name_factors(label), empty, strict=True)))
     if module.kind == "stack":
         rank = max(a.shape[0] for a, _ in pairs)
         padded = [pad(a, b, rank) for a, b in pairs]
         return torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
     if len(pairs) > 1:
-        places = [torch.tensor(row_ids(pair.base.view, module.shape[0])) for pair in module.pairs]
+        places = [pair.base.view.take(torch.arange(module.shape[0])) for pair in module.pairs]
         return block_diagonal([(a, b, rows) for (a, b), rows in zip(pairs, places, strict=True)], rows=module.shape[0])
     lora_A, lora_B = pairs[0]
     if lora_B.shape[0] < module.shape[0]:  # a vocabulary that shrank: rows that only the base has stay as they are

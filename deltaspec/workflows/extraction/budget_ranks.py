@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,23 +14,23 @@ from torch import Tensor
 from deltaspec.delta import DenseDelta, energy_of
 from deltaspec.errors import NumericalError, RunError
 from deltaspec.extraction.budget import Unit, allocate_ranks, uniform_rank
-from deltaspec.extraction.factors import DTYPES
+from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import fingerprint
-from deltaspec.io.peft_targets import Layout
+from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose
-from deltaspec.options import BUDGETS, ExtractOptions
+from deltaspec.options import BUDGETS, ExtractOptions, RankOptions
+from deltaspec.store.formats.adapter import BudgetReport
+from deltaspec.store.formats.piece import SpectrumRow
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.run import Run
 from deltaspec.types import LowRankSource, MatrixSource, ModulePair
 from deltaspec.workflows.extraction.factorise_matrix import Job
-from deltaspec.workflows.extraction.nouns import Spending
+from deltaspec.workflows.extraction.fill_pieces import fill_pieces
+from deltaspec.workflows.extraction.nouns import Sources, Spending
 from deltaspec.workflows.shared.non_finite import locate
-
-if TYPE_CHECKING:
-    from deltaspec.workflows.extraction.nouns import Sources
-    from deltaspec.workflows.extraction.runner import Runner
+from deltaspec.workflows.shared.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class Known:
     base_energy: float
 
 
-def spend(sources: Sources, options: ExtractOptions, runner: Runner, pieces: Pieces) -> Spending | None:
+def spend(sources: Sources, options: ExtractOptions, workers: Workers, pieces: Pieces) -> Spending | None:
     """Allocate ranks under each budget; None where the policy is none.
 
     Raises
@@ -57,14 +56,14 @@ def spend(sources: Sources, options: ExtractOptions, runner: Runner, pieces: Pie
     known = _from_run(sources, options.run) if options.run else {}
     pairs = [pair for module in sources.modules for pair in module.pairs]
     jobs = [Job(pair, {}, given=True, dtype=sources.dtype) for pair in pairs if str(pair.key) not in known]
-    rows = runner.fill(jobs, pieces, _spectrum)
+    rows = fill_pieces(jobs, pieces, _spectrum, workers)
     for job in jobs:
         values = pieces.tensors(job.key)["values"].numpy()
         known[job.key] = Known(values, rows[job.key]["base_energy"])
     return _allocate(sources, options, known)
 
 
-def _spectrum(job: Job, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _spectrum(job: Job, device: torch.device) -> tuple[SpectrumRow, dict[str, Tensor]]:
     """All singular values of one pair's ΔW."""
     pair = job.pair
     if isinstance(pair.tuned, LowRankSource):
@@ -84,10 +83,11 @@ def _spectrum(job: Job, device: torch.device) -> tuple[dict[str, Any], dict[str,
 def _from_run(sources: Sources, path: str) -> dict[str, Known]:
     """Take what a run knows, after checking that it compares the same files."""
     run = Run.load(path)
-    for side, source in (("base", sources.base), ("tuned", sources.tuned)):
-        if run.manifest[side]["files"] != fingerprint(source):
+    known = (("base", run.manifest["base"], sources.base), ("tuned", run.manifest["tuned"], sources.tuned))
+    for side, analysed, source in known:
+        if analysed["files"] != fingerprint(source):
             message = (
-                f"{run.path} analysed another {side} ({run.manifest[side]['ref']}, not {source.ref}): analyse these "
+                f"{run.path} analysed another {side} ({analysed['ref']}, not {source.ref}): analyse these "
                 "two, or leave --run out."
             )
             raise RunError(message)
@@ -102,30 +102,36 @@ def _from_run(sources: Sources, path: str) -> dict[str, Known]:
 
 
 def _allocate(sources: Sources, options: ExtractOptions, known: dict[str, Known]) -> Spending:
-    groups = _groups(sources.modules, Layout(sources.base, sources.heads))
+    """Spend each budget over the matrices, those that share a rank together."""
+    groups = _groups(sources.modules, lay_out(sources.base, sources.heads))
     units = [_unit(keys, cost, known, weighted=options.ranks.weighted) for keys, cost in groups]
-    ranks: defaultdict[str, dict[str, float]] = defaultdict(dict)
-    report: dict[str, dict[str, Any]] = {}
+    ranks: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    report: dict[str, BudgetReport] = {}
+    buy = _buy if options.form.target == "peft" else _buy_uniform
     for label, amount in options.ranks.labels().items():
         budget = int(amount)
         if options.ranks.policy == "size":
-            budget = max(0, int((amount - _header(sources.modules)) // DTYPES[sources.dtype].itemsize))
-        if options.form.target != "peft":
-            one = uniform_rank(units, budget, min_rank=options.ranks.minimum, max_rank=options.ranks.maximum or None)
-            found = [min(one, unit.energies.size) for unit in units]
-            spent = one * sum(unit.cost for unit in units if unit.energies.any())
-            report[label] = {"budget": budget, "spent": spent, "uniform": one, "loss_bound": None}
-        else:
-            allocation = allocate_ranks(
-                units, budget, min_rank=options.ranks.minimum, max_rank=options.ranks.maximum or None
-            )
-            found = list(allocation.ranks)
-            bound = allocation.loss_bound / allocation.total if allocation.total else 0.0
-            report[label] = {"budget": budget, "spent": allocation.spent, "uniform": None, "loss_bound": bound}
+            budget = max(0, int((amount - _header(sources.modules)) // OPTIONS[sources.dtype].width))
+        found, report[label] = buy(units, budget, options.ranks)
         for (keys, _), rank in zip(groups, found, strict=True):
             for key in keys:
                 ranks[key][label] = int(rank)
     return Spending(dict(ranks), report)
+
+
+def _buy(units: Sequence[Unit], budget: int, ranks: RankOptions) -> tuple[Sequence[int], BudgetReport]:
+    """Buy each unit a rank of its own."""
+    found = allocate_ranks(units, budget, min_rank=ranks.minimum, max_rank=ranks.maximum or None)
+    bound = found.loss_bound / found.total if found.total else 0.0
+    return found.ranks, {"budget": budget, "spent": found.spent, "uniform": None, "loss_bound": bound}
+
+
+def _buy_uniform(units: Sequence[Unit], budget: int, ranks: RankOptions) -> tuple[Sequence[int], BudgetReport]:
+    """Buy one rank for all, as targets want it that know no other."""
+    one = uniform_rank(units, budget, min_rank=ranks.minimum, max_rank=ranks.maximum or None)
+    spent = one * sum(unit.cost for unit in units if unit.energies.any())
+    report: BudgetReport = {"budget": budget, "spent": spent, "uniform": one, "loss_bound": None}
+    return [min(one, unit.energies.size) for unit in units], report
 
 
 def _groups(modules: Sequence[ModulePair], layout: Layout) -> list[tuple[list[str], int]]:

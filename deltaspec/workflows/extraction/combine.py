@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from deltaspec.architecture.peft_names import is_parameter
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import OptionError, PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source, open_source
-from deltaspec.io.peft import is_parameter
-from deltaspec.io.peft_targets import StandIn
+from deltaspec.io.open import identify_source, open_plain
+from deltaspec.io.peft_layout import StandIn
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
 from deltaspec.pairing.flattened import is_flattened, resolve_flattened
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
-from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec
-from deltaspec.workflows.extraction.extract import build
-from deltaspec.workflows.extraction.nouns import Leftover, Rest, Sources
-from deltaspec.workflows.extraction.runner import Runner
+from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
+from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec, WeightedSource
+from deltaspec.workflows.extraction.build_adapters import build_adapters
+from deltaspec.workflows.extraction.nouns import Extraction, Finished, Leftover, Rest, Sources
 from deltaspec.workflows.extraction.sources import resolve_dtype
-
-Weighted = tuple[str | Path, float]
+from deltaspec.workflows.shared.workers import Workers
 
 
 def combine(
-    adapters: Sequence[Weighted],
+    adapters: Sequence[tuple[str | Path, float]],
     out: str | Path,
     *,
     base: str | Path | None = None,
     options: ExtractOptions | None = None,
     overwrite: bool = False,
     progress: Callable[[Step], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, AdapterReport]:
     """Write Σ weight·scaling·B·A of one or more adapters as one adapter.
 
     Parameters
@@ -59,8 +57,7 @@ def combine(
 
     Returns
     -------
-    dict
-        Label → the report that is also written as ``deltaspec.json``.
+    dict of label → the report that is also written as ``deltaspec.json``
 
     Raises
     ------
@@ -72,22 +69,40 @@ def combine(
         message = "--weighted needs the base's weights, which combine and resize do not read: leave it out, or extract."
         raise OptionError(message)
     devices = resolve_devices(options.analysis.device, options.analysis.workers)
+    added = _open_all(adapters, base, options)
+    inputs = [index.root for index in added.indexes] + ([added.named.root] if added.named else [])
+    with Staging(Path(out), identity=dict(added.extraction.identity), overwrite=overwrite, inputs=inputs) as staging:
+        workers = Workers(devices, options.analysis.memory, progress)
+        return build_adapters(added.extraction, workers, staging, partial(_rest, added))
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """The adapters, the base where it was named, their sum, and what is made of it."""
+
+    indexes: list[AdapterIndex]
+    named: Checkpoint | None
+    total: Total
+    extraction: Extraction
+
+
+def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | None, options: ExtractOptions) -> _Added:
+    """Open and add up all adapters; of their factors nothing is read yet."""
     named, plan = _open_base(base), Plan()
     indexes = [_open(path, named, plan) for path, _ in adapters]
     total = sum_adapters(indexes, [weight for _, weight in adapters])
-    made = [{"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)]
+    made: list[WeightedSource] = [
+        {"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)
+    ]
     model = named or _base_of(indexes, total)
     for note in total.notes:
         plan.note(note)
     dtype = resolve_dtype(options.form.dtype, total.modules)
     sources = Sources(model, indexes[0], plan, total.modules, {}, dtype, options.form.target)
     options = replace(options, form=replace(options.form, extras="all" if options.form.target == "peft" else "none"))
-    identity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
-    inputs = [index.root for index in indexes] + ([named.root] if named else [])
-    with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
-        runner = Runner(options, devices, progress)
-        loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
-        return build(sources, runner, staging, identity=identity, measure=partial(_rest, total, indexes), loader=loader)
+    identity: ExtractionIdentity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
+    loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
+    return _Added(indexes, named, total, Extraction(sources, options, identity, loader=loader))
 
 
 def _base_of(indexes: Sequence[AdapterIndex], total: Total) -> Checkpoint:
@@ -105,10 +120,11 @@ def _any_bias(total: Total) -> bool:
     return any(bool(_sum(terms).any()) for terms in total.biases.values())
 
 
-def _rest(total: Total, indexes: Sequence[AdapterIndex], rows: dict[str, Any]) -> Rest:
+def _rest(added: _Added, rows: Finished) -> Rest:
     """Biases and tensors stored whole go along; a sum of nothing is refused."""
+    total = added.total
     if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:
-        message = f"The sum of {', '.join(index.ref for index in indexes)} is zero: there is nothing to write."
+        message = f"The sum of {', '.join(index.ref for index in added.indexes)} is zero: there is nothing to write."
         raise PairingError(message)
     rest = Rest()
     for path, terms in total.biases.items():
@@ -126,7 +142,7 @@ def _sum(terms: list[tuple[TensorSpec, float]]) -> Tensor:
 
 
 def _open_base(base: str | Path | None) -> Checkpoint | None:
-    source = None if base is None else open_source(base)
+    source = None if base is None else open_plain(base)
     if isinstance(source, AdapterIndex):
         message = f"The base {source.ref} is an adapter: pass the model that the adapters belong to."
         raise PairingError(message)
@@ -134,7 +150,7 @@ def _open_base(base: str | Path | None) -> Checkpoint | None:
 
 
 def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
-    index = open_source(path)
+    index = open_plain(path)
     if not isinstance(index, AdapterIndex):
         message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
         raise PairingError(message)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import PairingError
@@ -15,15 +13,13 @@ from deltaspec.io.moments import Moments, open_moments
 from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
-from deltaspec.store.pieces import Pieces
+from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
 from deltaspec.types import Step
-from deltaspec.workflows.extraction.adapter_folder import write_adapters
-from deltaspec.workflows.extraction.budget_ranks import spend
-from deltaspec.workflows.extraction.factorise_matrix import Job
+from deltaspec.workflows.extraction.build_adapters import build_adapters
 from deltaspec.workflows.extraction.leftovers import measure_rest
-from deltaspec.workflows.extraction.nouns import Assembly, Rest, Sources, Spending
-from deltaspec.workflows.extraction.runner import Runner
+from deltaspec.workflows.extraction.nouns import Extraction, Finished, Rest, Sources
 from deltaspec.workflows.extraction.sources import open_sources
+from deltaspec.workflows.shared.workers import Workers
 
 
 def extract(
@@ -34,7 +30,7 @@ def extract(
     options: ExtractOptions | None = None,
     overwrite: bool = False,
     progress: Callable[[Step], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, AdapterReport]:
     """Write the change between two checkpoints as low-rank factors that PEFT loads, and say how good they are.
 
     Parameters
@@ -61,67 +57,36 @@ def extract(
     """
     options = options or ExtractOptions()
     devices = resolve_devices(options.analysis.device, options.analysis.workers)
+    extraction = _open(base, tuned, options)
+
+    def measure(rows: Finished) -> Rest:
+        rest = measure_rest(extraction.sources, rows, device=devices[0])
+        _refuse_equal(extraction, rows, rest)
+        return rest
+
+    inputs = [extraction.sources.base.root, extraction.sources.tuned.root]
+    with Staging(Path(out), identity=dict(extraction.identity), overwrite=overwrite, inputs=inputs) as staging:
+        return build_adapters(extraction, Workers(devices, options.analysis.memory, progress), staging, measure)
+
+
+def _open(base: str | Path, tuned: str | Path, options: ExtractOptions) -> Extraction:
+    """Open both sides, and the second moments where there are any."""
     sources = open_sources(base, tuned, options)
     moments = open_moments(Path(options.calibration)) if options.calibration else None
-    identity = {
-        "base": identify_source(sources.base),
-        "tuned": identify_source(sources.tuned),
+    first, second = identify_source(sources.base), identify_source(sources.tuned)
+    identity: ExtractionIdentity = {
+        "base": first,
+        "tuned": second,
         "options": {**options.identity(), "calibration": _digest(options.calibration)},
         "deltaspec": version("deltaspec"),
     }
     if moments:
-        _check_moments(moments, sources, identity)
-
-    def measure(rows: dict[str, Any]) -> Rest:
-        rest = measure_rest(sources, rows, device=devices[0])
-        _refuse_equal(sources, options, rows, rest)
-        return rest
-
-    inputs = [sources.base.root, sources.tuned.root]
-    with Staging(Path(out), identity=identity, overwrite=overwrite, inputs=inputs) as staging:
-        runner = Runner(options, devices, progress)
-        return build(sources, runner, staging, identity=identity, measure=measure, moments=moments)
+        _check_moments(moments, sources, [first["files"], second["files"]])
+    return Extraction(sources, options, identity, moments)
 
 
-def build(
-    sources: Sources,
-    runner: Runner,
-    staging: Staging,
-    *,
-    identity: dict[str, Any],
-    measure: Callable[[dict[str, Any]], Rest],
-    moments: Moments | None = None,
-    loader: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Factorise every matrix that is not done yet, write the adapters and commit them; returns their reports.
-
-    Parameters
-    ----------
-    sources : Sources
-    runner : Runner
-    staging : Staging
-        Entered; it keeps what is finished.
-    identity : dict
-        What the adapters are made from, for their reports.
-    measure : callable
-        Finished rows → what goes beside the factors; it refuses where there is nothing to write.
-    moments : Moments, optional
-        Second moments of the layers' inputs.
-    loader : dict, optional
-        What says which class loads the adapters, where the base's config cannot.
-    """
-    options = runner.options
-    spending = spend(sources, options, runner, Pieces(staging.path / "spectra"))
-    pieces = Pieces(staging.path / "factors")
-    rows = runner.fill(make_jobs(sources, options, spending, moments), pieces)
-    assembly = Assembly(sources, options, rows, pieces, measure(rows), spending, identity, loader)
-    reports = write_adapters(assembly, staging.path / "built", labels=options.ranks.labels())
-    staging.commit(staging.path / "built")
-    return reports
-
-
-def _check_moments(moments: Moments, sources: Sources, identity: dict[str, Any]) -> None:
-    """Refuse second moments of other layers, and note those of another model."""
+def _check_moments(moments: Moments, sources: Sources, models: Sequence[dict[str, str]]) -> None:
+    """Refuse second moments of other layers, and note those of another model than these, by their files."""
     if not {module.name for module in sources.modules} & set(moments.names):
         message = (
             f"'{moments.path}' has moments of none of the matrices to extract: calibrate {sources.base.ref} itself."
@@ -133,14 +98,15 @@ def _check_moments(moments: Moments, sources: Sources, identity: dict[str, Any])
         note = f"{len(few)} layers are wider than the {tokens} tokens of the calibration: calibrate on more text"
         sources.plan.note(note)
     measured = moments.about["model"]
-    if measured.get("files") not in (identity["base"]["files"], identity["tuned"]["files"]):
+    if measured.get("files") not in models:
         note = f"the inputs were measured on {measured.get('ref')}, neither the base nor the tuned model"
         sources.plan.note(note)
 
 
-def _refuse_equal(sources: Sources, options: ExtractOptions, rows: dict[str, Any], rest: Rest) -> None:
+def _refuse_equal(extraction: Extraction, rows: Finished, rest: Rest) -> None:
+    sources = extraction.sources
     others = [item.name for item in rest.leftovers if item.energy or item.whole]
-    if any(row["energy"] for row in rows.values()) or (others and options.form.extras != "none"):
+    if any(row["energy"] for row in rows.values()) or (others and extraction.options.form.extras != "none"):
         return
     advice = f"what changed is '{others[0]}' and {len(others) - 1} more: pass --extras all" if others else ""
     message = (
@@ -151,23 +117,16 @@ def _refuse_equal(sources: Sources, options: ExtractOptions, rows: dict[str, Any
 
 
 def default_folder(tuned: str | Path, options: ExtractOptions) -> Path:
-    """Name an adapter's folder after the tuned model and the policy."""
+    """Name an adapter's folder after the tuned model and the policy.
+
+    Examples
+    --------
+    >>> default_folder("owner/name@main", ExtractOptions()).as_posix()
+    'adapters/name-rank-16'
+    """
     name = str(tuned).rstrip("/").split("/")[-1].split("@")[0] or "model"
     labels = options.ranks.labels()
     return Path("adapters") / f"{name}-{next(iter(labels)) if len(labels) == 1 else options.ranks.policy + 's'}"
-
-
-def make_jobs(
-    sources: Sources, options: ExtractOptions, spending: Spending | None, moments: Moments | None
-) -> list[Job]:
-    """One job for each matrix that gets factors."""
-    amounts, jobs = options.ranks.labels(), []
-    for module in sources.modules:
-        for pair in module.pairs:
-            labels = spending.ranks[str(pair.key)] if spending else amounts
-            weigh = partial(moments.get, module.name) if moments and module.kind in ("linear", "conv1d") else None
-            jobs.append(Job(pair, labels, spending is not None, sources.dtype, weigh))
-    return jobs
 
 
 def _digest(path: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor
 
 from deltaspec.delta import DenseDelta, energy_of
 from deltaspec.errors import NumericalError
-from deltaspec.extraction.factors import Factors, balance, cast_factors, optimum, product_error, stored_errors
-from deltaspec.extraction.ranks import POLICIES, clamp
+from deltaspec.extraction.factor_errors import optimum, product_error, stored_errors
+from deltaspec.extraction.factors import Factors, balance, cast_factors
+from deltaspec.extraction.ranks import RankChoice
 from deltaspec.extraction.whiten import balance_weighted, truncate_weighted, weighted_errors
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.truncated import truncate, truncate_product
 from deltaspec.options import RankOptions
 from deltaspec.spectra.noise import edge_of_rounding
+from deltaspec.store.formats.piece import LabelRow, MatrixRow
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, Truncation, WeightPair
 from deltaspec.workflows.shared.non_finite import locate
 
@@ -31,10 +33,11 @@ class Job:
     """One factorization: a pair, and what its options say for it.
 
     ``labels`` maps each adapter to be written to its policy's amount, or to this matrix's rank where ``given``.
+    ``moments`` returns S of the module's inputs, (d_in, d_in), where there are any.
     """
 
     pair: WeightPair
-    labels: dict[str, float]
+    labels: Mapping[str, float]
     given: bool
     dtype: str
     moments: Callable[[], Tensor | None] | None = None
@@ -43,6 +46,11 @@ class Job:
     def key(self) -> str:
         """The name of its piece."""
         return str(self.pair.key)
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """What its piece answers; one that answered something else is done again."""
+        return {**self.labels, "given": self.given, "dtype": self.dtype}
 
     @property
     def work(self) -> int:
@@ -57,15 +65,19 @@ def memory_of(job: Job) -> int:
     return min(4 * side * long, WHOLE) + 16 * side * side + weighted + (24 << 20)
 
 
-def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Truncate one ΔW at every rank asked for, and measure the factors that will be stored.
+def name_factors(label: str) -> tuple[str, str]:
+    """Name the factors of one adapter in a matrix's piece: lora_A and lora_B."""
+    return f"{label}.lora_A", f"{label}.lora_B"
+
+
+def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[MatrixRow, dict[str, Tensor]]:
+    """Truncate one matrix, and measure the factors that will be stored.
 
     Returns
     -------
-    row : dict
-        rank, error, optimum (and weighted ones) by label, energy, method, excess.
+    row : MatrixRow
     tensors : dict
-        ``{label}.lora_A`` and ``{label}.lora_B``, in the adapter's dtype.
+        Both factors for each label, in the adapter's dtype, under the names of ``name_factors``.
 
     Raises
     ------
@@ -75,112 +87,100 @@ def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[dict[
     start = time.perf_counter()
     try:
         if isinstance(job.pair.tuned, LowRankSource):
-            row, pairs = _of_factors(job, ranks, device)
+            made = _of_factors(job, ranks, device)
         else:
-            row, pairs = _of_delta(job, ranks, device)
+            made = _of_delta(job, ranks, device)
     except NumericalError as cause:
         raise locate(job.pair, job.key, cause) from cause
     key = job.pair.key
-    place = {"tensor": key.tensor, "part": key.part, "role": key.role, "depth": key.depth, "expert": key.expert}
-    row = {"matrix": job.key, **place, "shape": job.pair.shape, **row, "seconds": time.perf_counter() - start}
-    names = ("lora_A", "lora_B")
-    return row, {f"{label}.{n}": t for label, ab in pairs.items() for n, t in zip(names, ab, strict=True)}
+    row: MatrixRow = {
+        "matrix": job.key,
+        "tensor": key.tensor,
+        "part": key.part,
+        "role": key.role,
+        "depth": key.depth,
+        "expert": key.expert,
+        "shape": list(job.pair.shape),
+        "energy": made.energy,
+        "method": made.method,
+        "excess": made.excess,
+        "results": made.results,
+        "base_energy": made.base_energy,
+        "seconds": time.perf_counter() - start,
+    }
+    if made.rounding_share is not None:
+        row["rounding_share"] = made.rounding_share
+    return row, {n: t for label, ab in made.factors.items() for n, t in zip(name_factors(label), ab, strict=True)}
 
 
-class _Chooser:
-    """Each label's rank, at most ``side``: known beforehand, or chosen once all singular values are."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Factors by label, and what is said of them; fields as of Factorised."""
 
-    def __init__(self, job: Job, ranks: RankOptions, *, side: int, edge: Callable[[], float]) -> None:
-        self.job, self.options, self.edge, self.side = job, ranks, edge, side
-        self.ranks: dict[str, int] = {}
-        if job.given or ranks.policy == "rank":
-            self.ranks = {label: self._clamp(int(amount)) for label, amount in job.labels.items()}
-
-    @property
-    def rank(self) -> int | Callable[[Tensor], int]:
-        """What ``truncate`` wants: a number where one is known."""
-        return max(self.ranks.values()) if self.ranks else self._choose
-
-    def settle(self, found: Truncation) -> dict[str, int]:
-        """Return the ranks that a truncation really has: none of a zero matrix, for which nothing was chosen."""
-        return {label: min(self.ranks.get(label, 0), found.singular_values.numel()) for label in self.job.labels}
-
-    def _clamp(self, rank: int) -> int:
-        if self.job.given:
-            return min(rank, self.side)
-        return clamp(rank, minimum=self.options.minimum, maximum=self.options.maximum, side=self.side)
-
-    def _choose(self, values: Tensor) -> int:
-        energy, policy = float(values.square().sum()), POLICIES[self.options.policy]
-        for label, amount in self.job.labels.items():
-            asked = self.edge() if self.options.policy == "above_rounding" else amount
-            rank = policy.function(values, energy, asked) if policy.function and energy else 0
-            self.ranks[label] = self._clamp(rank) if energy else 0
-        return max(self.ranks.values())
+    energy: float
+    method: str
+    excess: float
+    results: dict[str, LabelRow]
+    factors: dict[str, Factors]
+    base_energy: float | None = None
+    rounding_share: float | None = None
 
 
-def _of_delta(job: Job, ranks: RankOptions, device: torch.device) -> tuple[dict[str, Any], dict[str, Factors]]:
+def _of_delta(job: Job, ranks: RankOptions, device: torch.device) -> _Made:
     pair = job.pair
     assert isinstance(pair.base, MatrixSource)
     assert isinstance(pair.tuned, MatrixSource)
     delta = DenseDelta(pair.base, pair.tuned, device=device)
-    chooser = _Chooser(job, ranks, side=min(pair.shape), edge=lambda: edge_of_rounding(delta.rounding))
+    choice = RankChoice(job.labels, job.given, ranks, min(pair.shape), lambda: edge_of_rounding(delta.rounding))
     moments = job.moments() if job.moments else None
-    if moments is None:
-        row, pairs = _of_plain(job, chooser, delta, device)
-    else:
-        row, pairs = _of_weighted(job, chooser, delta, moments, device)
-    predicted, energy = delta.rounding.ulp_energy / 12, row["energy"]
-    share = min(1.0, predicted / energy) if energy else 0.0
-    return {**row, "base_energy": delta.base_energy, "rounding_share": share}, pairs
+    made = _plain(job, choice, delta) if moments is None else _weighted(job, choice, delta, moments)
+    predicted = delta.rounding.ulp_energy / 12
+    share = min(1.0, predicted / made.energy) if made.energy else 0.0
+    return replace(made, base_energy=delta.base_energy, rounding_share=share)
 
 
-def _of_plain(
-    job: Job, chooser: _Chooser, delta: DenseDelta, device: torch.device
-) -> tuple[dict[str, Any], dict[str, Factors]]:
-    shape = job.pair.shape
-    found = truncate(delta.blocks, shape, device=device, rank=chooser.rank, memory=WHOLE, hold=delta.hold)
-    chosen = chooser.settle(found)
+def _plain(job: Job, choice: RankChoice, delta: DenseDelta) -> _Made:
+    """Minimise ‖ΔW - BA‖ itself."""
+    shape, device = job.pair.shape, delta.device
+    found = truncate(delta.blocks, shape, device=device, rank=choice.largest, memory=WHOLE, hold=delta.hold)
+    chosen = choice.settle(found)
     pairs = {label: cast_factors(balance(found, rank), job.dtype) for label, rank in chosen.items()}
     errors = stored_errors(delta.blocks, shape, list(pairs.values()), device=device, energy=found.energy)
-    return _row(found, chosen, dict(zip(pairs, errors, strict=True))), pairs
+    results = _results(found, chosen, dict(zip(pairs, errors, strict=True)))
+    return _Made(found.energy, found.method, found.excess, results, pairs)
 
 
-def _of_weighted(
-    job: Job, chooser: _Chooser, delta: DenseDelta, moments: Tensor, device: torch.device
-) -> tuple[dict[str, Any], dict[str, Factors]]:
+def _weighted(job: Job, choice: RankChoice, delta: DenseDelta, moments: Tensor) -> _Made:
     """Minimise the error that inputs with these second moments see; the plain error and its optimum stand beside."""
-    shape = job.pair.shape
-    found = truncate_weighted(delta.blocks, shape, moments, device=device, rank=chooser.rank)
-    chosen = chooser.settle(found.truncation)
+    shape, device = job.pair.shape, delta.device
+    found = truncate_weighted(delta.blocks, shape, moments, device=device, rank=choice.largest)
+    chosen = choice.settle(found.truncation)
     pairs = {label: cast_factors(balance_weighted(found, rank), job.dtype) for label, rank in chosen.items()}
     factors = list(pairs.values())
     errors = stored_errors(delta.blocks, shape, factors, device=device, energy=found.energy)
     seen = weighted_errors(found.weighted, factors, device=device, energy=found.truncation.energy)
     plain = truncate(delta.blocks, shape, device=device, rank=max(chosen.values()), memory=WHOLE)
-    row = _row(plain, chosen, dict(zip(pairs, errors, strict=True)))
-    for (label, result), error in zip(row["results"].items(), seen, strict=True):
-        result |= {"weighted_error": error, "weighted_optimum": optimum(found.truncation, chosen[label])}
-    return {**row, "method": f"inputs+{found.truncation.method}", "excess": found.truncation.excess}, pairs
+    results = _results(plain, chosen, dict(zip(pairs, errors, strict=True)))
+    for (label, result), error in zip(results.items(), seen, strict=True):
+        result["weighted_error"], result["weighted_optimum"] = error, optimum(found.truncation, chosen[label])
+    return _Made(plain.energy, f"inputs+{found.truncation.method}", found.truncation.excess, results, pairs)
 
 
-def _of_factors(job: Job, ranks: RankOptions, device: torch.device) -> tuple[dict[str, Any], dict[str, Factors]]:
+def _of_factors(job: Job, ranks: RankOptions, device: torch.device) -> _Made:
     """Truncate stored factors through QR, never formed densely."""
     assert isinstance(job.pair.tuned, LowRankSource)
-    delta = read_low_rank(job.pair.tuned)
+    delta, base = read_low_rank(job.pair.tuned), job.pair.base
     delta = LowRankDelta(delta.lora_A.to(device), delta.lora_B.to(device))
-    chooser = _Chooser(job, ranks, side=min(*job.pair.shape, delta.lora_A.shape[0]), edge=lambda: 0.0)
-    found = truncate_product(delta.lora_B, delta.lora_A, rank=chooser.rank)
-    chosen = chooser.settle(found)
+    choice = RankChoice(job.labels, job.given, ranks, min(*job.pair.shape, delta.lora_A.shape[0]))
+    found = truncate_product(delta.lora_B, delta.lora_A, rank=choice.largest)
+    chosen = choice.settle(found)
     pairs = {label: cast_factors(balance(found, rank), job.dtype) for label, rank in chosen.items()}
     errors = {label: product_error(delta, factors, energy=found.energy) for label, factors in pairs.items()}
-    row = _row(found, chosen, errors)
-    base = job.pair.base
-    return {**row, "base_energy": energy_of(base, device=device) if isinstance(base, MatrixSource) else None}, pairs
+    base_energy = energy_of(base, device=device) if isinstance(base, MatrixSource) else None
+    return _Made(found.energy, found.method, found.excess, _results(found, chosen, errors), pairs, base_energy)
 
 
-def _row(found: Truncation, ranks: dict[str, int], errors: dict[str, float]) -> dict[str, Any]:
-    results = {
+def _results(found: Truncation, ranks: dict[str, int], errors: dict[str, float]) -> dict[str, LabelRow]:
+    return {
         label: {"rank": rank, "error": errors[label], "optimum": optimum(found, rank)} for label, rank in ranks.items()
     }
-    return {"energy": found.energy, "method": found.method, "excess": found.excess, "results": results}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, NumericalError, RunError
-from deltaspec.linalg.openblas import find_openblas
+from deltaspec.linalg.gram_sum import GramSum
 from deltaspec.options import AnalyzeOptions, CalibrateOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import natural_order
@@ -21,9 +21,6 @@ from deltaspec.pairing.plan import Plan, chosen
 from deltaspec.types import Checkpoint
 from deltaspec.workflows.shared.running_models import run_model
 from deltaspec.workflows.shared.text_batches import Batch
-
-ROWS = 4096  # inputs turned to float64 at once
-ENOUGH = 256  # inputs that are worth a pass over S
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +127,28 @@ def listening(layers: Sequence[Layer], function: Callable[[Layer, Tensor], None]
             handle.remove()
 
 
-class Sums:
-    """S of some layers, upper triangles in float64, growing with each input."""
+class LayerSums:
+    """S = Σ x·xᵀ over the inputs x of some layers, while batches pass; ``aliases`` are only checked to be such."""
 
     def __init__(self, layers: list[Layer], aliases: dict[str, str], *, device: torch.device) -> None:
-        self._matrices = {
-            layer.name: torch.zeros(layer.d_in, layer.d_in, dtype=torch.float64, device=device) for layer in layers
-        }
-        self._waiting: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-        self.batch: Batch | None = None
+        self._sums = {layer.name: GramSum(layer.d_in, device=device) for layer in layers}
         self._aliases, self._last = aliases, dict[str, weakref.ref[Tensor]]()
-        self._library = find_openblas() if device.type == "cpu" else None
+        self._batch: Batch | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Say which batch the next inputs come from."""
+        self._batch = batch
 
     def add(self, layer: Layer, x: Tensor) -> None:
-        """Add one input (…, d_in); of an alias only check that it is one."""
+        """Add one input (…, d_in); of an alias only check that it is one.
+
+        Raises
+        ------
+        NumericalError
+            If it is NaN or infinite.
+        RunError
+            If the input of an alias is another one than its leader's.
+        """
         if leader := self._aliases.get(layer.name):
             if leader not in self._last or self._last[leader]() is not x:
                 message = (
@@ -153,41 +158,23 @@ class Sums:
                 raise RunError(message)
             return
         self._last[layer.name] = weakref.ref(x)
-        rows, waiting = x.reshape(-1, layer.d_in), self._waiting[layer.name]
-        for start in range(0, len(rows), ROWS):
-            block = rows[start : start + ROWS].to(torch.float64, copy=True)
-            if not bool(torch.isfinite(block.sum())):
-                raise self._broken(layer, x)
-            waiting.append(block)
-            if sum(map(len, waiting)) >= ENOUGH:
-                self._sum(layer.name)
+        try:
+            self._sums[layer.name].add(x.reshape(-1, layer.d_in))
+        except NumericalError as cause:
+            raise NumericalError(self._name_line(layer, x)) from cause
 
-    def finished(self) -> dict[str, Tensor]:
-        """Return S of each layer that is no alias, (d_in, d_in), the upper triangle."""
-        for name in self._matrices:
-            self._sum(name)
-        return self._matrices
+    def take(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield S of each layer that is no alias, (d_in, d_in), the upper triangle; it is let go of then."""
+        for name in list(self._sums):
+            yield name, self._sums.pop(name).result()
 
-    def _sum(self, name: str) -> None:
-        """Add what waits: short inputs together, for each addition passes over all of S."""
-        matrix, waiting = self._matrices[name], self._waiting[name]
-        if not waiting:
-            return
-        block = torch.cat(waiting)
-        waiting.clear()
-        if self._library:
-            self._library.add_gram(matrix.numpy(), block.numpy(), of_columns=True)
-        else:
-            matrix.addmm_(block.mT, block)
-
-    def _broken(self, layer: Layer, x: Tensor) -> NumericalError:
+    def _name_line(self, layer: Layer, x: Tensor) -> str:
         """Name the layer, and the line of the first sequence whose input is not finite."""
-        lines = self.batch.lines if self.batch else (0,)
+        lines = self._batch.lines if self._batch else (0,)
         line = lines[0]
         if len(x) == len(lines):
             line = lines[int((~torch.isfinite(x.flatten(1)).all(dim=1)).nonzero()[0])]
-        message = (
+        return (
             f"The input of '{layer.name}' is NaN or infinite on text line {line}: the model's weights are broken, or "
             "--dtype is too narrow; try --dtype fp32."
         )
-        return NumericalError(message)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,17 +15,14 @@ from deltaspec.io.matrix import read_low_rank, read_tensor
 from deltaspec.pairing.modules import grown_rows
 from deltaspec.pairing.plan import VectorPair
 from deltaspec.types import AdapterIndex, LowRankSource, MatrixSource, Note, NoteKind, TensorSpec, WeightPair
-from deltaspec.workflows.extraction.nouns import Leftover, Rest
+from deltaspec.workflows.extraction.nouns import Finished, Leftover, Rest, Sources
 from deltaspec.workflows.shared.non_finite import describe_non_finite, locate
 from deltaspec.workflows.shared.vector_changes import change_of
-
-if TYPE_CHECKING:
-    from deltaspec.workflows.extraction.nouns import Sources
 
 CHUNK = 1 << 20
 
 
-def measure_rest(sources: Sources, rows: Mapping[str, dict[str, Any]], *, device: torch.device) -> Rest:
+def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> Rest:
     """Stream every tensor without factors once, and list those that changed.
 
     Parameters
@@ -42,7 +37,8 @@ def measure_rest(sources: Sources, rows: Mapping[str, dict[str, Any]], *, device
         grown = grown_rows(module.pairs[0])
         if grown:
             name = f"{module.name} (rows {grown[0]} to {grown[1] - 1})"
-            rest.leftovers.append(Leftover(name, module.pairs[0].key.role, "rows that the base lacks", None))
+            reason, role = "rows that the base lacks", module.pairs[0].key.role
+            rest.leftovers.append(Leftover(name, role, reason, None, kind=NoteKind.GROWN))
         if not any(rows[str(pair.key)]["energy"] for pair in module.pairs):
             rest.unchanged.append(module.name)
     homes = {str(pair.key) for module in sources.modules for pair in module.pairs}
@@ -107,13 +103,14 @@ def _add_skipped(rest: Rest, sources: Sources, note: Note) -> None:
     name, reason = note.tensor, note.text
     if name in excluded:
         base, other = excluded[name]
-        known = base.shape == other.shape and not base.scale and not other.scale
-        energy = _energy_between(base, other) if known else None
-        twin = next((i for i in rest.leftovers if energy and i.energy == energy and i.reason == reason), None)
+        alike = base.shape == other.shape and not base.scale and not other.scale
+        energy = _energy_between(base, other) if alike else None
+        known = (i for i in rest.leftovers if energy and i.energy == energy and i.kind is NoteKind.OPTIONS)
+        twin = next(known, None)
         if twin and all(same_content(*pair) for pair in zip(excluded[twin.name], excluded[name], strict=True)):
             return  # head and embedding stored twice
         if energy != 0.0:
-            rest.leftovers.append(Leftover(name, "other", reason, energy))
+            rest.leftovers.append(Leftover(name, "other", reason, energy, kind=NoteKind.OPTIONS))
     elif isinstance(tuned, AdapterIndex):
         if name in tuned.full or note.kind is NoteKind.OPTIONS:
             rest.leftovers.append(Leftover(name, "other", reason, None, tuned.full.get(name)))

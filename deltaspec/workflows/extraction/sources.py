@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import PairingError
-from deltaspec.io.peft_targets import Layout, make_targets
+from deltaspec.files.dtypes import DTYPES
+from deltaspec.io.peft_layout import lay_out
+from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
@@ -20,7 +22,6 @@ from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.extraction.nouns import Sources
 from deltaspec.workflows.shared.vector_changes import change_of
 
-FACTOR_DTYPES = {"F16": "fp16", "BF16": "bf16"}
 GROWN = "its vocabulary grew: --extras all stores it whole"
 NO_BIASES = "PEFT has no biases beside factors of an embedding: --extras all stores it whole"
 
@@ -77,7 +78,7 @@ def _refused_by_peft(modules: Sequence[ModulePair], base: Checkpoint, *, target:
         else AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel)
         for m in modules
     ]
-    targets, refused = make_targets(rows, Layout(base))
+    targets, refused = make_targets(rows, lay_out(base))
     if target != "peft":
         reason = f"{target} takes factors of plain linear layers only, and running models stack these experts"
         refused |= {source: reason for found in targets if found.parameter for source in found.sources}
@@ -89,11 +90,19 @@ def _unread() -> tuple[Tensor, Tensor]:
 
 
 def resolve_dtype(dtype: str, modules: Sequence[ModulePair]) -> str:
-    """Return the dtype of the factors; auto takes the tuned side's most frequent one, fp32 for wider and narrower."""
+    """Return the dtype of the factors: bf16, fp16 or fp32.
+
+    Parameters
+    ----------
+    dtype : str
+        One of these, or auto: the tuned side's most frequent one, fp32 for wider and narrower.
+    modules : sequence of ModulePair
+    """
     if dtype != "auto":
         return dtype
     kinds = Counter(stored_dtype(pair) for module in modules for pair in module.pairs)
-    return FACTOR_DTYPES.get(kinds.most_common(1)[0][0], "fp32")
+    found = DTYPES.get(kinds.most_common(1)[0][0])
+    return (found.option if found else "") or "fp32"
 
 
 def stored_dtype(pair: WeightPair) -> str:

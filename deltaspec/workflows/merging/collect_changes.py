@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from deltaspec.errors import PairingError
 from deltaspec.io.content import same_content
@@ -22,18 +22,21 @@ from deltaspec.types import (
     TensorSpec,
     WeightPair,
 )
-from deltaspec.workflows.merging.tensor_changes import (
-    Change,
-    Changes,
-    Part,
-    check_vocabulary,
-    fold_shared,
-    follow_ties,
-    settle_heads,
-)
+from deltaspec.workflows.merging.tensor_changes import Part, TensorChange, TensorChanges
+from deltaspec.workflows.merging.ties import settle_ties
 
 
-def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, float]]) -> Changes:
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """One adapter while it is added: its weight, how it pairs with the base, and which tensors are used already."""
+
+    adapter: AdapterIndex
+    weight: float
+    plan: Plan
+    used: set[TensorSpec] = field(default_factory=set)
+
+
+def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, float]]) -> TensorChanges:
     """Pair each adapter with the base and gather what happens to each tensor.
 
     Parameters
@@ -47,94 +50,93 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     PairingError
         If an adapter belongs to another base, or two of them replace one tensor by different values.
     """
-    changes = Changes()
+    changes = TensorChanges()
     for adapter, weight in adapters:
         plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
         refuse_shapes(plan.heads, vocabulary=False)
-        used: set[TensorSpec] = set()
-        for pair in plan.pairs:
-            _add_pair(changes, pair, weight, used=used, adapter=adapter)
-        for vector in plan.vectors:
-            _add_vector(changes, vector, weight, adapter=adapter)
-            used.add(vector.tuned)
-        split = pair_split_biases(base, adapter)
-        for vector, start in split:
-            _add_vector(changes, vector, weight, adapter=adapter, start=start)
-        for note in plan.notes:
-            if note.kind is not NoteKind.UNTOUCHED:  # here that is no news
-                changes.note(str(note))
-        mapped = {vector.key.tensor for vector, _ in split}
-        for note in plan.skipped:
-            if note.tensor not in mapped:
-                _note_skipped(changes, note, adapter)
-        for name, spec in adapter.full.items():
-            term = adapter.modules.get(name.removesuffix(".weight"))
-            if term is not None:
-                _replace_beside(changes, plan, spec, term=term, weight=weight, adapter=adapter)
-            elif spec not in used and name not in base.tensors:
-                _add_new(changes, name, spec, adapter=adapter)
-    fold_shared(changes, base)
-    follow_ties(changes, base)
-    settle_heads(changes)
-    check_vocabulary(changes, base)
+        _add(changes, _Added(adapter, weight, plan), base)
+    settle_ties(changes, base)
     return changes
 
 
-def _add_pair(
-    changes: Changes, pair: WeightPair, weight: float, *, used: set[TensorSpec], adapter: AdapterIndex
-) -> None:
+def _add(changes: TensorChanges, added: _Added, base: Checkpoint) -> None:
+    """Add one adapter: its factors and whole tensors, its biases, its notes, and what the base lacks."""
+    plan, adapter = added.plan, added.adapter
+    for pair in plan.pairs:
+        _add_pair(changes, pair, added)
+    for vector in plan.vectors:
+        _add_vector(changes, vector, added)
+        added.used.add(vector.tuned)
+    split = pair_split_biases(base, adapter)
+    for vector, start in split:
+        _add_vector(changes, vector, added, start=start)
+    for note in plan.notes:
+        if note.kind is not NoteKind.UNTOUCHED:  # here that is no news
+            changes.note(str(note))
+    mapped = {vector.key.tensor for vector, _ in split}
+    for note in plan.skipped:
+        if note.tensor not in mapped:
+            _note_skipped(changes, note, adapter)
+    for name, spec in adapter.full.items():
+        term = adapter.modules.get(name.removesuffix(".weight"))
+        if term is not None:
+            _replace_beside(changes, spec, term, added)
+        elif spec not in added.used and name not in base.tensors:
+            _add_new(changes, name, spec, adapter=adapter)
+
+
+def _add_pair(changes: TensorChanges, pair: WeightPair, added: _Added) -> None:
     assert isinstance(pair.base, MatrixSource)  # the base is a checkpoint
     spec = pair.base.spec
-    change = changes.tensors.setdefault(_target(pair), Change(spec, pair.key))
+    change = changes.tensors.setdefault(_target(pair), TensorChange(spec, pair.key))
     if isinstance(pair.tuned, MatrixSource):
-        if pair.tuned.spec not in used:
-            _replace(change, pair.tuned.spec, weight, adapter=adapter)
-        used.add(pair.tuned.spec)
+        if pair.tuned.spec not in added.used:
+            _replace(change, pair.tuned.spec, added)
+        added.used.add(pair.tuned.spec)
         change.parts.setdefault(pair.key, Part(pair.key, pair.base.view))
         return
     part = change.parts.setdefault(pair.key, Part(pair.key, pair.base.view))
-    terms = tuple(replace(term, scaling=term.scaling * weight) for term in pair.tuned.terms)
+    terms = tuple(replace(term, scaling=term.scaling * added.weight) for term in pair.tuned.terms)
     part.factors.append(replace(pair.tuned, terms=terms))
     if change.whole is not None and change.whole.shape != spec.shape:
-        raise _grown(change, adapter, "has factors for")
+        raise _grown(change, added.adapter, "has factors for")
 
 
-def _add_vector(
-    changes: Changes, pair: VectorPair, weight: float, *, adapter: AdapterIndex, start: int | None = None
-) -> None:
+def _add_vector(changes: TensorChanges, pair: VectorPair, added: _Added, *, start: int | None = None) -> None:
     """Take over a vector, or add an adapter's bias; from ``start`` on where it is of some of the base's rows."""
     if pair.base is None and pair.scaling is not None and not bool(read_tensor(pair.tuned).any()):
         return  # PEFT gives every targeted module a bias, zeros where nothing was to be learnt
     if pair.base is None or (pair.scaling is not None and start is None and pair.base.shape != pair.tuned.shape):
         found = "which the base lacks" if pair.base is None else f"whose shape in the base is {pair.base.shape}"
         message = (
-            f"Cannot merge {adapter.ref}: it changes '{pair.key.tensor}', {found}, by shape {pair.tuned.shape}; pass "
-            "the base it was trained from."
+            f"Cannot merge {added.adapter.ref}: it changes '{pair.key.tensor}', {found}, by shape {pair.tuned.shape}; "
+            "pass the base it was trained from."
         )
         raise PairingError(message)
-    change = changes.tensors.setdefault(pair.base.name, Change(pair.base, pair.key))
+    change = changes.tensors.setdefault(pair.base.name, TensorChange(pair.base, pair.key))
     if pair.scaling is None:
-        _replace(change, pair.tuned, weight, adapter=adapter)
+        _replace(change, pair.tuned, added)
     else:
-        change.biases.append((pair.tuned, pair.scaling * weight, start or 0))
+        change.biases.append((pair.tuned, pair.scaling * added.weight, start or 0))
 
 
-def _replace(change: Change, whole: TensorSpec, weight: float, *, adapter: AdapterIndex) -> None:
+def _replace(change: TensorChange, whole: TensorSpec, added: _Added) -> None:
+    weight = added.weight
     if change.whole is not None:
         same = change.whole.shape == whole.shape and change.whole.dtype == whole.dtype
         if weight != 1 or change.share != 1 or not same or not same_content(change.whole, whole):
             message = (
-                f"Cannot merge {adapter.ref} with the others: two adapters replace '{change.spec.name}' by different "
-                "values; merge only one of them."
+                f"Cannot merge {added.adapter.ref} with the others: two adapters replace '{change.spec.name}' by "
+                "different values; merge only one of them."
             )
             raise PairingError(message)
     change.whole, change.share = whole, weight
     if whole.shape != change.spec.shape and (weight != 1 or any(part.factors for part in change.parts.values())):
-        raise _grown(change, adapter, f"has weight {weight:g} for" if weight != 1 else "has factors for")
+        raise _grown(change, added.adapter, f"has weight {weight:g} for" if weight != 1 else "has factors for")
 
 
-def _grown(change: Change, adapter: AdapterIndex, what: str) -> PairingError:
+def _grown(change: TensorChange, adapter: AdapterIndex, what: str) -> PairingError:
     message = (
         f"Cannot merge {adapter.ref}: it {what} '{change.spec.name}', whose rows grow from {change.spec.shape[0]} to "
         f"{change.shape[0]}; merge that adapter alone with weight 1."
@@ -142,15 +144,14 @@ def _grown(change: Change, adapter: AdapterIndex, what: str) -> PairingError:
     return PairingError(message)
 
 
-def _replace_beside(
-    changes: Changes, plan: Plan, whole: TensorSpec, *, term: LowRankTerm, weight: float, adapter: AdapterIndex
-) -> None:
+def _replace_beside(changes: TensorChanges, whole: TensorSpec, term: LowRankTerm, added: _Added) -> None:
     """Follow a weight that is saved beside its factors (PEFT saves embeddings so), where it is not the base's own."""
-    for name in {_target(p) for p in plan.pairs if isinstance(p.tuned, LowRankSource) and term in p.tuned.terms}:
+    pairs = added.plan.pairs
+    for name in {_target(p) for p in pairs if isinstance(p.tuned, LowRankSource) and term in p.tuned.terms}:
         change = changes.tensors[name]
         alike = (whole.shape, whole.dtype) == (change.spec.shape, change.spec.dtype)
         if not alike or not same_content(whole, change.spec):
-            _replace(change, whole, weight, adapter=adapter)
+            _replace(change, whole, added)
 
 
 def _target(pair: WeightPair) -> str:
@@ -160,7 +161,7 @@ def _target(pair: WeightPair) -> str:
     return pair.base.spec.name
 
 
-def _note_skipped(changes: Changes, note: Note, adapter: AdapterIndex) -> None:
+def _note_skipped(changes: TensorChanges, note: Note, adapter: AdapterIndex) -> None:
     """Say what of an adapter is not merged; refuse where it could be, laid out otherwise."""
     if note.kind is NoteKind.LAYOUT:
         message = f"Cannot merge {adapter.ref}: '{note.tensor}' is {note}."
@@ -169,7 +170,7 @@ def _note_skipped(changes: Changes, note: Note, adapter: AdapterIndex) -> None:
         changes.note(f"'{note.tensor}' is left out: {note}")
 
 
-def _add_new(changes: Changes, name: str, spec: TensorSpec, *, adapter: AdapterIndex) -> None:
+def _add_new(changes: TensorChanges, name: str, spec: TensorSpec, *, adapter: AdapterIndex) -> None:
     """Take over a tensor that the base lacks, a head mostly; it is taken whole, whatever the weight."""
     other = changes.added.setdefault(name, spec)
     if (other.shape, other.dtype) != (spec.shape, spec.dtype) or not same_content(other, spec):

@@ -13,15 +13,17 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.files.atomic import whole_file
-from deltaspec.io.open import identify_source, open_source
+from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
+from deltaspec.store.formats.adapter import MergeIdentity
 from deltaspec.types import AdapterIndex, Checkpoint, Step
-from deltaspec.workflows.merging.checkpoint_writer import Rewrite
+from deltaspec.workflows.merging.checkpoint_writer import Files, Rewrite, lay_out, write_beside, write_files
 from deltaspec.workflows.merging.collect_changes import collect_changes
 from deltaspec.workflows.merging.report import MergeReport
 
 Given = str | Path | tuple[str | Path, float]
+Addend = tuple[AdapterIndex, float]
 
 
 def merge(
@@ -50,45 +52,55 @@ def merge(
     progress : callable, optional
         Called with a Step after each tensor.
 
-    Returns
-    -------
-    MergeReport
-        How much of each update rounding lost.
-
     Raises
     ------
     DeltaspecError
         If a side cannot be read, an adapter belongs to another base, or ``out`` cannot be written.
     """
-    options = options or MergeOptions()
+    dtype = (options or MergeOptions()).dtype
+    source, given = _open(base, adapters, dtype)
+    rewrite = Rewrite(source, collect_changes(source, given), dtype)
+    facts, files, inputs = _describe(source, given, dtype), lay_out(rewrite, Path(out)), _list_files(source, given)
+    with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
+        rows = write_files(rewrite, files, staging.path / "built", staging.path / "rows", progress=progress)
+        report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))
+        return _finish(rewrite, files, staging, report)
+
+
+def _open(base: str | Path, adapters: Sequence[Given], dtype: str) -> tuple[Checkpoint, list[Addend]]:
     named = [parse_adapter(adapter) for adapter in adapters]
     if not named:
         message = "merge needs at least one adapter: name it after the base."
         raise OptionError(message)
-    source, given = _open_base(base, options), [_open_adapter(place, weight) for place, weight in named]
-    rewrite = Rewrite(source, collect_changes(source, given), dtype=options.dtype, progress=progress)
-    facts = {
+    return _open_base(base, dtype), [_open_adapter(place, weight) for place, weight in named]
+
+
+def _list_files(base: Checkpoint, adapters: Sequence[Addend]) -> list[Path]:
+    sides: list[Checkpoint | AdapterIndex] = [base, *(adapter for adapter, _ in adapters)]
+    return [place for side in sides for place in (side.root, *side.files)]
+
+
+def _describe(base: Checkpoint, adapters: Sequence[Addend], dtype: str) -> MergeIdentity:
+    return {
         "kind": "merge",
-        "base": identify_source(source),
-        "adapters": [{**identify_source(adapter), "weight": weight} for adapter, weight in given],
-        "dtype": options.dtype,
+        "base": identify_source(base),
+        "adapters": [{**identify_source(adapter), "weight": weight} for adapter, weight in adapters],
+        "dtype": dtype,
         "deltaspec": version("deltaspec"),
     }
-    files = rewrite.layout(Path(out))
-    sides: list[Checkpoint | AdapterIndex] = [source, *(adapter for adapter, _ in given)]
-    inputs = [place for side in sides for place in (side.root, *side.files)]
-    with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
-        built = staging.path / "built"
-        rows = rewrite.write(files, built, staging.path / "rows")
-        report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))
-        if staging.out.suffix == ".safetensors":
-            staging.commit(built / staging.out.name)
-            return report
-        note = rewrite.write_beside(files, built)
-        report = replace(report, notes=(*report.notes, *([note] if note else [])))
-        with whole_file(built / "deltaspec.json") as stream:
-            stream.write(json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode())
-        staging.commit(built)
+
+
+def _finish(rewrite: Rewrite, files: Files, staging: Staging, report: MergeReport) -> MergeReport:
+    """Write what lies beside the weights in a folder, and move all to its place."""
+    built = staging.path / "built"
+    if staging.out.suffix == ".safetensors":
+        staging.commit(built / staging.out.name)
+        return report
+    note = write_beside(rewrite, files, built)
+    report = replace(report, notes=(*report.notes, *([note] if note else [])))
+    with whole_file(built / "deltaspec.json") as stream:
+        stream.write(json.dumps(report.to_dict(), indent=1, ensure_ascii=False).encode())
+    staging.commit(built)
     return report
 
 
@@ -118,19 +130,19 @@ def _is_there(text: str) -> bool:
         return False
 
 
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+def _identity(facts: MergeIdentity) -> dict[str, Any]:
     """Leave out what the user happened to call the inputs."""
     text = json.dumps(facts)
     return json.loads(text, object_hook=lambda row: {k: v for k, v in row.items() if k != "ref"})  # type: ignore[no-any-return]
 
 
-def _open_base(base: str | Path, options: MergeOptions) -> Checkpoint:
-    source = open_source(base)
+def _open_base(base: str | Path, dtype: str) -> Checkpoint:
+    source = open_plain(base)
     if isinstance(source, AdapterIndex):
         message = f"The base {source.ref} is an adapter: name the checkpoint first, then its adapters."
         raise PairingError(message)
     coded = next((s for s in source.tensors.values() if s.dtype.startswith("F8")), None)
-    if options.dtype == "auto" and coded and (coded.scale or "quantization_config" in source.config):
+    if dtype == "auto" and coded and (coded.scale or "quantization_config" in source.config):
         message = (
             f"Cannot merge into '{coded.name}' of {source.ref}: it is stored as {coded.dtype} with scales, too coarse "
             "for an update; pass --dtype bf16 (fp16, fp32) to dequantise the checkpoint."
@@ -139,8 +151,8 @@ def _open_base(base: str | Path, options: MergeOptions) -> Checkpoint:
     return source
 
 
-def _open_adapter(place: str | Path, weight: float) -> tuple[AdapterIndex, float]:
-    source = open_source(place)
+def _open_adapter(place: str | Path, weight: float) -> Addend:
+    source = open_plain(place)
     if isinstance(source, Checkpoint):
         message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."
         raise PairingError(message)

@@ -11,10 +11,9 @@ from torch import Tensor
 from deltaspec.errors import NumericalError
 from deltaspec.io.matrix import StoredMatrix, open_matrix, read_low_rank, read_tensor
 from deltaspec.linalg.truncated import truncate_product
-from deltaspec.merging.apply import Loss, Rows, merge_block, merge_rows, row_blocks
-from deltaspec.pairing.modules import row_ids
+from deltaspec.merging.apply import Loss, Rows, Summands, merge_block, merge_rows, row_blocks
 from deltaspec.types import MatrixKey, MatrixSource, Shape, TensorSpec, View
-from deltaspec.workflows.merging.tensor_changes import Change, Part
+from deltaspec.workflows.merging.tensor_changes import Part, TensorChange
 
 Found = Callable[[MatrixKey, Shape, Loss], None]
 
@@ -38,7 +37,7 @@ def copy_tensor(spec: TensorSpec, dtype: torch.dtype | None) -> Tensor:
     else:
         stack = [View(spec.shape)] if len(spec.shape) == 2 else [View(spec.shape[1:], e) for e in range(spec.shape[0])]  # type: ignore[arg-type]
         for view in stack:
-            matrix, place = open_matrix(MatrixSource(spec, view)), _oriented(out, view)
+            matrix, place = open_matrix(MatrixSource(spec, view)), view.orient(out)
             for start, stop in row_blocks(view.shape):
                 place[start:stop] = matrix.rows(start, stop)
     if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(stored.double()).all()):
@@ -48,12 +47,12 @@ def copy_tensor(spec: TensorSpec, dtype: torch.dtype | None) -> Tensor:
     return out
 
 
-def merge_tensor(change: Change, *, dtype: torch.dtype, found: Found) -> Tensor:
+def merge_tensor(change: TensorChange, *, dtype: torch.dtype, found: Found) -> Tensor:
     """Return what a changed tensor becomes, rounded once to ``dtype``.
 
     Parameters
     ----------
-    change : Change
+    change : TensorChange
     dtype : torch.dtype
     found : callable
         Called with each changed matrix's key, shape and loss.
@@ -78,13 +77,13 @@ def merge_tensor(change: Change, *, dtype: torch.dtype, found: Found) -> Tensor:
     return out
 
 
-def _merge_part(change: Change, part: Part, out: Tensor) -> Loss:
+def _merge_part(change: TensorChange, part: Part, out: Tensor) -> Loss:
     """Write one matrix of a tensor into its place in ``out``."""
     view = part.view
     base = open_matrix(MatrixSource(change.spec, view))
     whole = None if change.whole is None else open_matrix(MatrixSource(change.whole, view))
-    place = _oriented(out, view)
-    scattered = None if view.groups == 1 else torch.tensor(row_ids(view, place.shape[0]))
+    place = view.orient(out)
+    scattered = None if view.groups == 1 else view.take(torch.arange(place.shape[0]))
 
     def store(start: int, stop: int, rows: Tensor) -> None:
         if scattered is None:
@@ -92,15 +91,9 @@ def _merge_part(change: Change, part: Part, out: Tensor) -> Loss:
         else:
             place[scattered[start:stop]] = rows
 
-    return merge_rows(
-        base.rows,
-        _update_of(part),
-        store,
-        shape=view.shape,
-        dtype=out.dtype,
-        whole=whole.rows if isinstance(whole, StoredMatrix) else None,
-        share=change.share,
-    )
+    replaced = whole.rows if isinstance(whole, StoredMatrix) else None
+    summands = Summands(base.rows, _update_of(part), replaced, change.share)
+    return merge_rows(summands, store, shape=view.shape, dtype=out.dtype)
 
 
 def _update_of(part: Part) -> Rows:
@@ -113,7 +106,7 @@ def _update_of(part: Part) -> Rows:
     return lambda start, stop: lora_B[start:stop] @ lora_A
 
 
-def _merge_vector(change: Change, out: Tensor) -> Loss:
+def _merge_vector(change: TensorChange, out: Tensor) -> Loss:
     """Write a vector, or a bias of any shape, into ``out``; rows that only the replacement has are there already."""
     base = read_tensor(change.spec)
     rows = min(base.shape[0], out.shape[0]) if base.ndim else None
@@ -128,9 +121,3 @@ def _merge_vector(change: Change, out: Tensor) -> Loss:
     whole = None if whole is None else whole[:rows]
     out[:rows], loss = merge_block(base[:rows], update[:rows], dtype=out.dtype, whole=whole, share=change.share)
     return loss
-
-
-def _oriented(tensor: Tensor, view: View) -> Tensor:
-    """All rows of the matrix that a view lies in, sharing the tensor's memory."""
-    matrix = (tensor if view.expert is None else tensor[view.expert]).flatten(1)
-    return matrix.mT if view.transposed else matrix

@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.merging.apply import Loss
+from deltaspec.store.formats.adapter import MergedReport, MergedSums, MergeIdentity, MergeLoss
+from deltaspec.types import MatrixKey, Shape
 
 MUCH = 0.05  # a total loss above which serving the adapter unmerged is worth its cost
+
+
+class RoleLoss(TypedDict):
+    """What rounding lost in the matrices of one role, as shares."""
+
+    role: str
+    matrices: int
+    median_loss: float | None
+    worst_loss: float | None
+    unchanged: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergedMatrix:
+    """One changed matrix or vector: its shape, the dtype that it is stored in, and what rounding lost."""
+
+    key: MatrixKey
+    shape: Shape
+    dtype: str
+    loss: Loss
+
+    def to_dict(self) -> MergedSums:
+        """Return it as plain data."""
+        return {**asdict(self.key), "shape": list(self.shape), "dtype": self.dtype, **asdict(self.loss)}  # type: ignore[typeddict-item]
+
+    @classmethod
+    def from_dict(cls, row: MergedSums) -> MergedMatrix:
+        """Take it from plain data; KeyError where a field is missing."""
+        place = (row["tensor"], row["part"], row["role"], row["depth"], row["expert"], row["stack"])
+        loss = Loss(row["update"], row["error"], row["unchanged"], row["elements"])
+        return cls(MatrixKey(*place), tuple(row["shape"]), row["dtype"], loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +56,26 @@ class MergeReport:
     ----------
     path : Path
         The merged checkpoint.
-    facts : dict
-        What was merged: kind, base, adapters with weights, dtype, version.
-    rows : list of dict
-        One for each changed matrix or vector: the fields of its key, shape, dtype, and the sums of its Loss.
+    facts : MergeIdentity
+    rows : tuple of MergedMatrix
     notes : tuple of str
     """
 
     path: Path
-    facts: dict[str, Any]
-    rows: list[dict[str, Any]]
+    facts: MergeIdentity
+    rows: tuple[MergedMatrix, ...]
     notes: tuple[str, ...]
 
     @property
     def loss(self) -> Loss:
         """The losses of all matrices, added up."""
-        return sum((loss_of(row) for row in self.rows), start=Loss())
+        return sum((row.loss for row in self.rows), start=Loss())
 
-    def by_role(self) -> list[dict[str, Any]]:
+    def by_role(self) -> list[RoleLoss]:
         """One row for each role: matrices, median and worst relative loss, median share of unchanged elements."""
         groups: defaultdict[str, list[Loss]] = defaultdict(list)
         for row in self.rows:
-            groups[row["role"]].append(loss_of(row))
+            groups[row.key.role].append(row.loss)
         return [_summary(role, groups[role]) for role in sorted(groups, key=ORDER.index)]
 
     def remark(self) -> str:
@@ -51,34 +83,28 @@ class MergeReport:
         lost = self.loss.relative or 0.0
         if lost <= MUCH:
             return ""
-        kinds = ", ".join(sorted({row["dtype"] for row in self.rows}))
+        kinds = ", ".join(sorted({row.dtype for row in self.rows}))
         return (
             f"Rounding to {kinds} lost {lost:.1%} of the update: serve the adapter unmerged, or merge with --dtype "
             "fp32, to keep it."
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        rows = [{**row, **_derived(loss_of(row))} for row in self.rows]
+    def to_dict(self) -> MergedReport:
+        """Everything as plain data: what ``deltaspec.json`` of a merged checkpoint holds."""
         return {
             **self.facts,
-            "total": _derived(self.loss),
+            "total": _shares(self.loss),
             "remark": self.remark(),
             "notes": list(self.notes),
-            "matrices": rows,
+            "matrices": [{**row.to_dict(), **_shares(row.loss)} for row in self.rows],
         }
 
 
-def loss_of(row: dict[str, Any]) -> Loss:
-    """Return the sums that a row keeps."""
-    return Loss(row["update"], row["error"], row["unchanged"], row["elements"])
-
-
-def _derived(loss: Loss) -> dict[str, float | None]:
+def _shares(loss: Loss) -> MergeLoss:
     return {"relative_loss": loss.relative, "unchanged_fraction": loss.unchanged_share}
 
 
-def _summary(role: str, losses: list[Loss]) -> dict[str, Any]:
+def _summary(role: str, losses: Sequence[Loss]) -> RoleLoss:
     lost = [loss.relative for loss in losses if loss.relative is not None]
     return {
         "role": role,

@@ -7,12 +7,9 @@ from typing import Any
 
 import torch
 
-from deltaspec.io.open import open_source
-from deltaspec.types import AdapterIndex, Checkpoint
-from deltaspec.workflows.shared.fill_run import Norms
+from deltaspec.io.open import open_plain
+from deltaspec.types import Opened
 from deltaspec.workflows.shared.running_models import choose_dtype, describe_model, load_model, open_model
-
-Source = Checkpoint | AdapterIndex
 
 
 class Base:
@@ -31,8 +28,8 @@ class Base:
 
     def __init__(self, ref: str | Path) -> None:
         self.ref = ref
-        self.source: Source = open_source(ref)
-        self.norms: Norms = {}
+        self.source: Opened = open_plain(ref)
+        self.norms: dict[str, float] = {}
         self._model: Any = None
 
     def run(self) -> Any:

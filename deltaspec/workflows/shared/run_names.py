@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deltaspec.errors import RunError
+from deltaspec.store.formats.run import Environment
+from deltaspec.store.run import Run, unwritable
 
 
-def describe_environment() -> dict[str, Any]:
-    """Say which versions and machine computed a run, as its manifest does."""
+def describe_environment() -> Environment:
+    """Say which versions and machine compute here, as a run's manifest does."""
     versions = {name: version(name) for name in ("deltaspec", "torch", "numpy", "safetensors")}
     return {
         "deltaspec": versions["deltaspec"],
@@ -22,10 +25,18 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def unwritable(folder: Path, cause: OSError) -> RunError:
-    """Say that a run directory cannot be written."""
-    message = f"The run directory {folder} cannot be written ({cause.strerror}): free space or rights, then run again."
-    return RunError(message)
+@contextmanager
+def writing(run: Run) -> Iterator[None]:
+    """Turn what the system refuses to write into a run into the sentence that says so; RunError.
+
+    Parameters
+    ----------
+    run : Run
+    """
+    try:
+        yield
+    except OSError as cause:
+        raise unwritable(run.path, cause) from cause
 
 
 def default_path(manifest: dict[str, Any]) -> Path:

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError, NumericalError, require
-from deltaspec.extraction.factors import DTYPES
-from deltaspec.io.matrix import open_matrix, read_tensor
-from deltaspec.io.open import open_source
-from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
+from deltaspec.files.dtypes import DTYPES, OPTIONS
+from deltaspec.io.open import open_plain
+from deltaspec.types import Checkpoint
+from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.shared.text_batches import Batch
-
-TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ def open_model(ref: str) -> Checkpoint:
     CheckpointError
         If it cannot be opened, is an adapter, or has no config.json.
     """
-    checkpoint = open_source(ref)
+    checkpoint = open_plain(ref)
     if not isinstance(checkpoint, Checkpoint):
         message = f"Cannot run '{ref}': it is an adapter; merge it into its base first."
         raise CheckpointError(message)
@@ -141,41 +139,48 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in; ``auto`` is the one that most weights are stored in, fp32 at most."""
+    """Return the dtype to compute in.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    choice : str
+        bf16, fp16 or fp32; ``auto`` is the dtype that most weights are stored in, fp32 at most; fp32 on the CPU for
+        fp16, which is thirty times slower there.
+    device : torch.device
+    """
     if choice != "auto":
-        return DTYPES[choice]
+        return OPTIONS[choice].torch
     sizes: Counter[str] = Counter()
     for spec in checkpoint.tensors.values():
         sizes[spec.dtype] += torch.Size(spec.shape).numel()
-    stored = TORCH.get(sizes.most_common(1)[0][0], torch.bfloat16)
+    found = DTYPES.get(sizes.most_common(1)[0][0])
+    stored = found.torch if found and found.computes else torch.bfloat16
     slow = stored == torch.float16 and device.type == "cpu"  # thirty times slower there than fp32
     return torch.float32 if slow or stored == torch.float64 else stored
 
 
-def read_weight(spec: TensorSpec) -> Tensor:
-    """Read a whole tensor as stored, mapped from its file, or in float32 where a scale dequantises it."""
-    if spec.scale is None:
-        return read_tensor(spec)
-    experts = range(spec.shape[0]) if len(spec.shape) == 3 else (None,)
-    rows, columns = spec.shape[-2:]
-    stored = (open_matrix(MatrixSource(spec, View((rows, columns), expert=expert))) for expert in experts)
-    return torch.stack([matrix.rows(0, rows).to(torch.float32) for matrix in stored]).reshape(spec.shape)
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a model is loaded with, where that is not just what its checkpoint stores.
+
+    Attributes
+    ----------
+    tensors : dict of Tensor, optional
+        The weights, under the names of the checkpoint's files; None reads them from there.
+    fresh : collection of str
+        Parameters of the model that may be missing: they are drawn, by torch's generator.
+    """
+
+    tensors: dict[str, Tensor] | None = None
+    fresh: Collection[str] = ()
 
 
-def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Read all tensors of a checkpoint under the names of its files; nearly all stay mapped."""
-    state = {name: read_weight(spec) for name, spec in checkpoint.tensors.items()}
-    return state | {alias: state[name] for alias, name in checkpoint.aliases.items() if name in state}
+STORED = Weights()
 
 
 def load_model(
-    checkpoint: Checkpoint,
-    kind: ModelKind,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    state: dict[str, Tensor] | None = None,
-    fresh: Collection[str] = (),
+    checkpoint: Checkpoint, kind: ModelKind, weights: Weights = STORED, *, device: torch.device, dtype: torch.dtype
 ) -> Any:
     """Load a model in eval mode and without gradients; on the CPU it shares the mapped files' memory.
 
@@ -183,11 +188,9 @@ def load_model(
     ----------
     checkpoint : Checkpoint
     kind : ModelKind
+    weights : Weights
+        By default those of the checkpoint, all of them.
     device, dtype : where and in what it computes
-    state : dict of Tensor, optional
-        The weights, under the names of the checkpoint's files; read from them by default.
-    fresh : collection of str
-        Parameters of the model that may be missing: they are drawn, by torch's generator.
 
     Raises
     ------
@@ -202,22 +205,13 @@ def load_model(
             model, info = kind.cls.from_pretrained(
                 None,
                 config=kind.config,
-                state_dict=state if state is not None else read_state(checkpoint),
+                state_dict=weights.tensors if weights.tensors is not None else read_state(checkpoint),
                 output_loading_info=True,
                 **{name: dtype},
             )
         except Exception as cause:  # every model raises its own
             raise _refusal(checkpoint, "load the weights", cause) from cause
-    # A pooler that was never stored changes no hidden state.
-    missing = sorted(
-        key for key in set(info["missing_keys"]) - set(fresh) if not (kind.headless and key.startswith("pooler."))
-    )
-    if missing:
-        message = (
-            f"Cannot run '{checkpoint.ref}': {kind.cls.__name__} needs '{missing[0]}' and it holds no such weight "
-            f"({len(missing)} are missing); check that config.json belongs to these weights."
-        )
-        raise CheckpointError(message)
+    _check_missing(set(info["missing_keys"]) - set(weights.fresh), checkpoint, kind)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.use_cache = False
     if model.config.pad_token_id is None:
@@ -225,8 +219,30 @@ def load_model(
     return model.requires_grad_(False).eval().to(device)  # noqa: FBT003
 
 
+def _check_missing(names: Collection[str], checkpoint: Checkpoint, kind: ModelKind) -> None:
+    """Refuse a model that lacks weights; a pooler that was never stored changes no hidden state."""
+    missing = sorted(name for name in names if not (kind.headless and name.startswith("pooler.")))
+    if missing:
+        message = (
+            f"Cannot run '{checkpoint.ref}': {kind.cls.__name__} needs '{missing[0]}' and it holds no such weight "
+            f"({len(missing)} are missing); check that config.json belongs to these weights."
+        )
+        raise CheckpointError(message)
+
+
 def run_model(model: Any, batch: Batch, *, device: torch.device) -> Any:
-    """Run a model on one batch; an encoder-decoder model is made to repeat its input."""
+    """Run a model on one batch; an encoder-decoder model is made to repeat its input.
+
+    Returns
+    -------
+    transformers.ModelOutput
+        ``logits``, (n, length, outcomes) or (n, classes), or without a head ``last_hidden_state``, (n, length, d).
+
+    Raises
+    ------
+    NumericalError
+        If it runs out of memory on the device.
+    """
     ids = batch.ids.to(device)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:

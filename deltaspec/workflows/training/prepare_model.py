@@ -20,7 +20,8 @@ from deltaspec.training.sites.model_sites import base_parameters, module_at
 from deltaspec.types import Checkpoint
 from deltaspec.types.running import Accelerator
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton, list_head
-from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_model, read_state
+from deltaspec.workflows.shared.running_models import ModelKind, Weights, choose_dtype, load_model
+from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.training.count import choose_method_sites
 from deltaspec.workflows.training.plan import TrainingPlan
 
@@ -128,7 +129,7 @@ def _load(
     state, stored = read_state(checkpoint), checkpoint.config.get("id2label")
     if (tuple(stored.values()) if isinstance(stored, dict) else UNNAMED) != names:
         state = {name: tensor for name, tensor in state.items() if name not in head}
-    return load_model(checkpoint, kind, state=state, fresh=head | missing, device=device, dtype=dtype), head | missing
+    return load_model(checkpoint, kind, Weights(state, head | missing), device=device, dtype=dtype), head | missing
 
 
 def _free_head(model: nn.Module, head: dict[str, nn.Parameter]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deltaspec.errors import OptionError
+from deltaspec.io.data_rows import read_rows
 from deltaspec.options.recipe import DataSources, Recipe
 from deltaspec.options.training import DataOptions
 from deltaspec.training.data.examples import Examples, encode
-from deltaspec.training.data.rows import read_rows
 from deltaspec.training.data.table import Table, list_fields, make_table, split_table
 from deltaspec.types.running import Tokenizer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file, tensor_reader
 from deltaspec.files.atomic import whole_file
-from deltaspec.files.dtypes import DTYPES
-from deltaspec.files.tensor_writer import SAVED, write_safetensors
+from deltaspec.files.tensor_writer import SAVED, write_tensors
 from deltaspec.io import hub, shards
 from deltaspec.io.peft import CONFIG, WEIGHTS
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.stored.adapter_format import adapter_config, adapter_tensors, attach_stored, head_tensors
-from deltaspec.types import Entry
 
 
 def save_adapter(
@@ -46,10 +43,6 @@ def save_adapter(
         If the folder cannot be written.
     """
     tensors = adapter_tensors(attachment) | head_tensors(attachment, heads)
-    kinds = {name: DTYPES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
-    entries = [
-        Entry(name, tuple(t.shape), kinds[name], partial(tensors.__getitem__, name)) for name, t in tensors.items()
-    ]
     config = adapter_config(attachment, base=base, task_type=task_type, heads=list(heads))
     fresh = folder / f"{WEIGHTS[0]}.{os.getpid()}.new"
     try:
@@ -57,7 +50,7 @@ def save_adapter(
             stream.write(json.dumps(config, indent=2).encode())
             stream.flush()
             os.fsync(stream.fileno())
-            write_safetensors(fresh, entries, metadata=SAVED)
+            write_tensors(fresh, tensors, metadata=SAVED)
             (folder / CONFIG).unlink(missing_ok=True)
             fresh.replace(folder / WEIGHTS[0])
     finally:

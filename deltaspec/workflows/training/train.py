@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from deltaspec.errors import NumericalError, OptionError
 from deltaspec.options.recipe import Recipe
+from deltaspec.store.formats.training import Learned, RateRow, TrainingReport
 from deltaspec.store.training_folder import Folder
 from deltaspec.training.loop.steps import Tick
 from deltaspec.types.running import Accelerator
@@ -24,7 +24,7 @@ def train(
     *,
     overwrite: bool = False,
     progress: Callable[[Tick], None] | None = None,
-) -> dict[str, Any]:
+) -> TrainingReport:
     """Fine-tune a model into a training folder, or go on with one that was stopped.
 
     Parameters
@@ -63,7 +63,7 @@ def train(
 
 def _train_rates(
     plan: TrainingPlan, out: Path, *, overwrite: bool, progress: Callable[[Tick], None] | None
-) -> dict[str, Any]:
+) -> TrainingReport:
     """Train with each rate, and name the one with the best held-out metric; one that diverges does not end the rest."""
     if plan.data.held is None:
         message = "--lr names several rates, and the best is told by held-out data: pass --holdout or --eval-data."
@@ -72,7 +72,7 @@ def _train_rates(
     loops = [replace(recipe.loop, lr=rate) for rate in dict.fromkeys(recipe.rates)]
     with accelerated(recipe.run, seed=recipe.loop.seed) as accelerator:
         folder = _open(plan, out, accelerator, overwrite=overwrite)
-    rows: list[dict[str, Any]] = []
+    rows: list[RateRow] = []
     for loop in loops:
         rate, name = loop.lr, f"lr-{loop.lr:g}"
         one = replace(plan, recipe=replace(recipe, loop=loop, rates=()))
@@ -90,14 +90,15 @@ def _train_rates(
     return folder.report
 
 
-def _badness(learned: dict[str, Any]) -> tuple[float, float]:
+def _badness(learned: Learned | None) -> tuple[float, float]:
     """Order by the metric, then by loss."""
+    assert learned is not None  # there are held-out data
     return (learned["perplexity"] if "perplexity" in learned else -learned["accuracy"], learned["loss"])
 
 
 def _train_one(
     plan: TrainingPlan, out: Path, *, overwrite: bool, progress: Callable[[Tick], None] | None
-) -> dict[str, Any]:
+) -> TrainingReport:
     """Train with one rate, from the newest checkpoint if there is one."""
     with accelerated(plan.recipe.run, seed=plan.recipe.loop.seed) as accelerator:
         folder = _open(plan, out, accelerator, overwrite=overwrite)

@@ -2,56 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.peft_targets import Layout
-from deltaspec.pairing.plan import Plan, VectorPair
-from deltaspec.types import AdapterIndex, Checkpoint, MatrixSource, TensorSpec
+from deltaspec.io.peft_layout import Layout
+from deltaspec.pairing.plan import VectorPair
+from deltaspec.types import Checkpoint, MatrixSource, TensorSpec
 from deltaspec.workflows.shared.vector_changes import change_of
-from deltaspec.workflows.verification.match_factors import Claims
+from deltaspec.workflows.verification.claims import Claims
+from deltaspec.workflows.verification.trio import Trio
 
 Tensors = dict[str, TensorSpec]
 
 
-def check_rest(plan: Plan, adapted: Plan, tensors: Tensors) -> list[dict[str, Any]]:
-    """Compare each bias's change, rounded as it is stored, and each whole tensor with those of the fine-tune.
+@dataclass(frozen=True, slots=True)
+class CheckedTensor:
+    """A tensor beside the factors, of ``kind`` bias or whole; ``right`` if it is exactly what the fine-tune has."""
 
-    Parameters
-    ----------
-    plan : Plan
-        Base against the fine-tune.
-    adapted : Plan
-        Base against the adapter.
-    tensors : dict
-        The fine-tune's, from ``list_tuned``.
+    tensor: str
+    kind: str
+    right: bool
+
+
+def check_beside(trio: Trio) -> tuple[list[CheckedTensor], list[str]]:
+    """Compare each bias's change, rounded as it is stored, and each whole tensor with those of the fine-tune.
 
     Returns
     -------
-    list of dict
-        tensor, kind (bias or whole), and ``right``: whether it is exactly what the fine-tune has.
+    list of CheckedTensor
+        What the adapter holds, also what no tensor of the base pairs with, where it is claimed.
+    list of str
+        What is claimed and not there.
     """
-    vectors = {vector.key.tensor: vector for vector in plan.vectors}
-    rows, seen = [], set()
-    for vector in adapted.vectors:
-        name = vector.key.tensor
-        right = (
-            _same_bias(vectors.get(name), vector) if vector.scaling is not None else _whole(tensors, vector.tuned, name)
-        )
-        rows.append({"tensor": name, "kind": "whole" if vector.scaling is None else "bias", "right": right})
-    for pair in adapted.pairs:
-        name = pair.key.tensor
-        if isinstance(pair.tuned, MatrixSource) and name not in seen:
-            seen.add(name)
-            rows.append({"tensor": name, "kind": "whole", "right": _whole(tensors, pair.tuned.spec, name)})
-    return rows
+    tensors = _list_tuned(trio)
+    rows = _check_paired(trio, tensors)
+    if trio.claims is None:
+        return rows, []
+    known = {row.tensor for row in rows}
+    whole, missing = _check_claimed_whole(trio.claims, trio, tensors)
+    biases, absent = _check_claimed_biases(trio.claims, trio)
+    return rows + [row for row in whole + biases if row.tensor not in known], missing + absent
 
 
-def list_tuned(plan: Plan, tuned: Checkpoint | AdapterIndex, layout: Layout) -> Tensors:
+def _list_tuned(trio: Trio) -> Tensors:
     """Map names in the base and in its running model to the fine-tune's tensors, those of tied modules too."""
+    plan, layout, tuned = trio.changed, trio.layout, trio.tuned
     tensors = {vector.key.tensor: vector.tuned for vector in plan.vectors if vector.scaling is None}
     tensors |= {p.key.tensor: p.tuned.spec for p in plan.pairs if isinstance(p.tuned, MatrixSource)}
     for name, spec in list(tensors.items()):
@@ -61,48 +59,52 @@ def list_tuned(plan: Plan, tuned: Checkpoint | AdapterIndex, layout: Layout) -> 
     return (tuned.tensors if isinstance(tuned, Checkpoint) else tuned.full) | tensors
 
 
-def check_claimed(
-    claims: Claims, plan: Plan, tensors: Tensors, *, layout: Layout, adapter: AdapterIndex
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Look for every whole tensor and bias that the report lists, also where no tensor of the base pairs with it.
+def _check_paired(trio: Trio, tensors: Tensors) -> list[CheckedTensor]:
+    """Check all that pairs with a tensor of the base."""
+    vectors = {vector.key.tensor: vector for vector in trio.changed.vectors}
+    rows, seen = [], set()
+    for vector in trio.adapted.vectors:
+        name = vector.key.tensor
+        if vector.scaling is None:
+            rows.append(CheckedTensor(name, "whole", _is_whole(tensors, vector.tuned, name)))
+        else:
+            rows.append(CheckedTensor(name, "bias", _same_bias(vectors.get(name), vector)))
+    for pair in trio.adapted.pairs:
+        name = pair.key.tensor
+        if isinstance(pair.tuned, MatrixSource) and name not in seen:
+            seen.add(name)
+            rows.append(CheckedTensor(name, "whole", _is_whole(tensors, pair.tuned.spec, name)))
+    return rows
 
-    Parameters
-    ----------
-    claims : Claims
-    plan : Plan
-        Base against the fine-tune.
-    tensors : dict
-        The fine-tune's, from ``list_tuned``.
-    layout : Layout
-        Of the base.
-    adapter : AdapterIndex
 
-    Returns
-    -------
-    rows : list of dict
-        As ``check_rest`` has them, of all that is there.
-    missing : list of str
-    """
+def _check_claimed_whole(claims: Claims, trio: Trio, tensors: Tensors) -> tuple[list[CheckedTensor], list[str]]:
+    """Look for every whole tensor that the report lists; return also those that are missing."""
     rows, missing = [], []
     for name in claims.whole:
-        for running in _uses(name, layout):
-            stored = adapter.full.get(running)
-            known = layout.running.get(running, running)
+        for running in _uses(name, trio.layout):
+            stored = trio.adapter.full.get(running)
+            known = trio.layout.running.get(running, running)
             if stored is None:
                 missing.append(known)
             else:
-                rows.append({"tensor": known, "kind": "whole", "right": _whole(tensors, stored, known)})
-    vectors = {vector.key.tensor: vector for vector in plan.vectors}
+                rows.append(CheckedTensor(known, "whole", _is_whole(tensors, stored, known)))
+    return rows, missing
+
+
+def _check_claimed_biases(claims: Claims, trio: Trio) -> tuple[list[CheckedTensor], list[str]]:
+    """Look for every bias that the report lists; of one that lies in several modules, join them and compare."""
+    rows, missing = [], []
+    vectors = {vector.key.tensor: vector for vector in trio.changed.vectors}
     for path in claims.biased:
-        places = layout.place(path)
-        found = [adapter.biases.get(place.name.removesuffix(".weight")) for place in places]
+        places = trio.layout.place(path)
+        found = [trio.adapter.biases.get(place.name.removesuffix(".weight")) for place in places]
         missing += [f"{path}.bias"] if None in found else []
         vector = vectors.get(f"{path}.bias")
         if vector is None or None in found or len(places) == 1:
             continue
         change = torch.cat([read_tensor(spec).reshape(-1) for spec in found if spec])
         right = torch.equal(change, change_of(vector).to(change.dtype))  # the writer's scaling is 1
-        rows.append({"tensor": f"{path}.bias", "kind": "bias", "right": right})
+        rows.append(CheckedTensor(f"{path}.bias", "bias", right))
     return rows, missing
 
 
@@ -123,7 +125,7 @@ def _same_bias(tuned: VectorPair | None, stored: VectorPair) -> bool:
     return change.shape == wanted.shape and torch.equal(change, wanted.to(dtype).double())
 
 
-def _whole(tensors: dict[str, TensorSpec], stored: TensorSpec, name: str) -> bool:
+def _is_whole(tensors: Tensors, stored: TensorSpec, name: str) -> bool:
     tuned = tensors.get(name)
     return (
         tuned is not None and (tuned.shape, tuned.dtype) == (stored.shape, stored.dtype) and same_content(tuned, stored)

@@ -7,7 +7,6 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +16,33 @@ from torch import Tensor
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import CheckpointError, NumericalError, PairingError
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import open_source
-from deltaspec.options import TextOptions
-from deltaspec.pairing.names import align_names
-from deltaspec.pairing.tied import HEAD_NAMES
+from deltaspec.io.open import open_plain
 from deltaspec.types import AdapterIndex, Checkpoint
 from deltaspec.workflows.merging.collect_changes import collect_changes
 from deltaspec.workflows.merging.merge_tensor import merge_tensor
 from deltaspec.workflows.shared.running_models import (
+    STORED,
     ModelKind,
-    describe_model,
+    Weights,
     load_model,
     load_tokenizer,
     open_model,
-    quiet_transformers,
-    read_state,
     run_model,
 )
-from deltaspec.workflows.shared.text_batches import Batch, make_batches
-from deltaspec.workflows.verification.output_distance import TEMPERATURE, Reference
-
-TOKENS = 16384
+from deltaspec.workflows.shared.stored_weights import read_state
+from deltaspec.workflows.shared.text_batches import Batch, Intake, Text, make_batches
+from deltaspec.workflows.verification.common_class import choose_kinds, name_measure
+from deltaspec.workflows.verification.output_distance import Reference, Score
 
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """What a text says; ``measure`` names the distribution that is compared, in words.
+
+    It is that of next tokens for causal and encoder-decoder models, of each token for masked ones (nothing is masked),
+    of classes for classifiers. Models without a head: for each text, the distribution over all the other texts that
+    softmax of cosine similarity / 0.05 of mean-pooled hidden states gives, which is what sentence embeddings are
+    trained by. Vocabularies of different sizes are compared over the tokens that both have.
 
     ``kl_base`` and ``kl_adapter`` are the mean of KL(tuned ‖ base) and of KL(tuned ‖ base + adapter), in nats, and
     ``top1_…`` the share of cases in which both models rank the same outcome first. ``hidden_…`` are ‖H - H_tuned‖ /
@@ -60,13 +60,24 @@ class Divergence:
     hidden_adapter: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Cases:
+    """What all three models are run on: the batches, and the device."""
+
+    batches: list[Batch]
+    device: torch.device
+
+    def load(self, checkpoint: Checkpoint, kind: ModelKind, weights: Weights = STORED) -> Any:
+        """Load one of them, in float32."""
+        return load_model(checkpoint, kind, weights, device=self.device, dtype=torch.float32)
+
+
 def divergence(
     base: str | Path,
     tuned: str | Path,
     adapter: str | Path,
-    text: str | Path,
+    text: Text,
     *,
-    options: TextOptions | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Divergence:
     """Compare base, and base + adapter, with the fine-tune on the same tokens.
@@ -77,20 +88,9 @@ def divergence(
         Folders or hub ids, with config; the base's tokenizer is used, or tuned's where the base has none.
     adapter : str or Path
         A LoRA folder; its factors, biases and whole tensors are added to the base in memory, in float32.
-    text : str or Path
-        See ``texts.read_texts``.
-    options : TextOptions, optional
-        By default 16,384 tokens.
+    text : Text
     progress : callable, optional
         Called with a sentence at the start of each of the three models.
-
-    Returns
-    -------
-    Divergence
-        Of next-token distributions for causal and encoder-decoder models, of each token's for masked ones (nothing is
-        masked), of classes for classifiers. Models without a head: for each text, the distribution over all the other
-        texts that softmax of cosine similarity / 0.05 of mean-pooled hidden states gives, which is what sentence
-        embeddings are trained by. Vocabularies of different sizes are compared over the tokens that both have.
 
     Raises
     ------
@@ -102,86 +102,64 @@ def divergence(
     One model at a time is in memory, in float32; the fine-tune's outputs wait in a temporary folder (TMPDIR), 4 bytes
     for each token and vocabulary entry. Divergences are summed in float64.
     """
-    options = options or TextOptions(tokens=TOKENS)
-    tell = progress or (lambda _: None)
-    device = resolve_devices(options.device)[0]
-    first, second, index = open_model(str(base)), open_model(str(tuned)), open_source(adapter)
+    device = resolve_devices(text.options.device)[0]
+    first, second, index = open_model(str(base)), open_model(str(tuned)), open_plain(adapter)
     if not isinstance(index, AdapterIndex):
         message = f"'{adapter}' is no adapter: pass a folder with adapter_config.json."
         raise PairingError(message)
     kinds = choose_kinds(first, second)
-    batches = _read_batches(Path(text), (first, second), kinds, options)
-    with tempfile.TemporaryDirectory(prefix="deltaspec-", ignore_cleanup_errors=True) as folder:
-        load = partial(load_model, device=device, dtype=torch.float32)
-        tell("running the fine-tune")
-        reference = Reference(Path(folder), headless=kinds[1].headless)
-        reference.store(_outputs(load(second, kinds[1]), batches, second, device=device))
-        tell("running the base")
-        plain = reference.compare(_outputs(load(first, kinds[0]), batches, first, device=device), device=device)
-        tell("running the base with the adapter")
-        kind, state = add_adapter(first, kinds[0], index)
-        model = load(first, kind, state=state)
-        del state
-        adapted = reference.compare(_outputs(model, batches, first, device=device), device=device)
+    cases = _Cases(_read_batches(text, (first, second), kinds), device)
+    plain, adapted = _score((first, second, index), kinds, cases, progress or (lambda _: None))
+    return _join(plain, adapted, cases, measure=name_measure(kinds[1]))
+
+
+def _join(plain: Score, adapted: Score, cases: _Cases, *, measure: str) -> Divergence:
     return Divergence(
         plain.kl,
         adapted.kl,
         plain.top1,
         adapted.top1,
-        tokens=sum(batch.ids.numel() for batch in batches),
+        tokens=sum(batch.ids.numel() for batch in cases.batches),
         cases=plain.cases,
-        measure=_name_measure(kinds[1]),
+        measure=measure,
         hidden_base=plain.hidden,
         hidden_adapter=adapted.hidden,
     )
 
 
-def choose_kinds(base: Checkpoint, tuned: Checkpoint) -> tuple[ModelKind, ModelKind]:
-    """Run both through one class: the fine-tune's, or a language-model head that both store, else without a head.
-
-    Raises
-    ------
-    CheckpointError, PairingError
-        If transformers does not know them, or they are not of one type.
-    """
-    first, second = describe_model(base), describe_model(tuned)
-    if (a := first.config.model_type) != (b := second.config.model_type):
-        message = f"Cannot compare '{base.ref}' and '{tuned.ref}': the base is of type '{a}', the fine-tune '{b}'."
-        raise PairingError(message)
-    with quiet_transformers() as transformers:
-        names, kind = transformers.models.auto.modeling_auto, second.config.model_type
-        heads = (names.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind), names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind))
-        known = [getattr(transformers, name or "", None) for name in heads]
-        for cls in filter(None, known if second.headless else [second.cls]):
-            if _has_head(cls, first, base) and _has_head(cls, second, tuned):
-                return replace(first, cls=cls), replace(second, cls=cls)
-    bare = partial(replace, cls=second.body, body=second.body, packed=False)
-    return bare(first), bare(second)
+def _score(
+    models: tuple[Checkpoint, Checkpoint, AdapterIndex],
+    kinds: tuple[ModelKind, ModelKind],
+    cases: _Cases,
+    tell: Callable[[str], None],
+) -> tuple[Score, Score]:
+    """Run the fine-tune, the base, and the base with the adapter, one after another; score the last two."""
+    base, tuned, adapter = models
+    with tempfile.TemporaryDirectory(prefix="deltaspec-", ignore_cleanup_errors=True) as folder:
+        tell("running the fine-tune")
+        reference = Reference(Path(folder), headless=kinds[1].headless)
+        reference.store(_outputs(cases.load(tuned, kinds[1]), cases, tuned))
+        tell("running the base")
+        plain = reference.compare(_outputs(cases.load(base, kinds[0]), cases, base), device=cases.device)
+        tell("running the base with the adapter")
+        model = _load_adapted(base, kinds[0], adapter, cases)
+        return plain, reference.compare(_outputs(model, cases, base), device=cases.device)
 
 
-def _has_head(cls: Any, kind: ModelKind, checkpoint: Checkpoint) -> bool:
-    """Tell whether a checkpoint stores what a class has beyond its body; what is tied may be missing."""
-    if kind.cls is cls:
-        return True
-    with torch.device("meta"):
-        wanted = list(cls(kind.config).state_dict())
-    head = {name for name in wanted if not name.startswith(f"{cls.base_model_prefix}.")}
-    missing = head - set(align_names(checkpoint.tensors, wanted)[0].values())
-    tied = (*HEAD_NAMES, "decoder.bias") if getattr(kind.config, "tie_word_embeddings", True) else ()
-    return missing < head and all(name.endswith(tied) for name in missing)
+def _load_adapted(base: Checkpoint, kind: ModelKind, adapter: AdapterIndex, cases: _Cases) -> Any:
+    kind, state = add_adapter(base, kind, adapter)
+    return cases.load(base, kind, Weights(state))
 
 
-def _read_batches(
-    text: Path, models: tuple[Checkpoint, Checkpoint], kinds: tuple[ModelKind, ModelKind], options: TextOptions
-) -> list[Batch]:
+def _read_batches(text: Text, models: tuple[Checkpoint, Checkpoint], kinds: tuple[ModelKind, ModelKind]) -> list[Batch]:
     """Tokenise for both: sequences and token ids that both take."""
-    packed, headless, limits = kinds[1].packed, kinds[1].headless, (kinds[0].limits, kinds[1].limits)
     try:
         tokenizer = load_tokenizer(models[0])
     except CheckpointError:
         tokenizer = load_tokenizer(models[1])
-    longest, rows = (min((size for size in sizes if size), default=0) for sizes in zip(*limits, strict=True))
-    return make_batches(text, tokenizer, options, packed=packed, limits=(longest, rows), distinct=headless)
+    limits = zip(*(kind.limits for kind in kinds), strict=True)
+    longest, vocabulary = (min((size for size in sizes if size), default=0) for sizes in limits)
+    return make_batches(text, tokenizer, Intake(kinds[1].packed, longest, vocabulary, distinct=kinds[1].headless))
 
 
 def add_adapter(base: Checkpoint, kind: ModelKind, adapter: AdapterIndex) -> tuple[ModelKind, dict[str, Tensor]]:
@@ -206,11 +184,11 @@ def add_adapter(base: Checkpoint, kind: ModelKind, adapter: AdapterIndex) -> tup
     return replace(kind, config=config), state
 
 
-def _outputs(model: Any, batches: list[Batch], checkpoint: Checkpoint, *, device: torch.device) -> Iterator[Tensor]:
+def _outputs(model: Any, cases: _Cases, checkpoint: Checkpoint) -> Iterator[Tensor]:
     """Yield logits (cases, outcomes) of each batch, or hidden states (texts, tokens, d) where there is no head."""
-    for batch in batches:
+    for batch in cases.batches:
         with torch.inference_mode():
-            found = run_model(model, batch, device=device)
+            found = run_model(model, batch, device=cases.device)
         logits = getattr(found, "logits", None)
         values = found.last_hidden_state if logits is None else logits.flatten(0, -2)
         total = float(values.sum(dtype=torch.float64))
@@ -218,14 +196,3 @@ def _outputs(model: Any, batches: list[Batch], checkpoint: Checkpoint, *, device
             message = f"The outputs of '{checkpoint.ref}' are NaN or infinite near text line {batch.lines[0]}."
             raise NumericalError(message)
         yield values
-
-
-def _name_measure(kind: ModelKind) -> str:
-    name = kind.cls.__name__
-    if kind.headless:
-        return f"other texts, by cosine similarity / {TEMPERATURE} of mean-pooled hidden states ({name}, no head)"
-    if "Classification" in name:
-        return f"classes ({name})"
-    if kind.packed or kind.config.is_encoder_decoder:
-        return f"next token ({name})"
-    return f"token at each place, nothing masked ({name})"

@@ -112,7 +112,24 @@ def compare_hidden(pairs: Iterator[tuple[Tensor, Tensor]]) -> Score:
 
 
 def score_rows(mine: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(softmax(mine) ‖ softmax(other)) of each row, in nats, and whether both have the same largest entry."""
+    """Return KL(softmax(mine) ‖ softmax(other)) of each row, in nats, and whether both have the same largest entry.
+
+    Parameters
+    ----------
+    mine, other : Tensor, (cases, outcomes), float64
+        -inf where an outcome is ruled out.
+
+    Returns
+    -------
+    divergence : Tensor, (cases,), float64
+    agree : Tensor, (cases,), bool
+
+    Examples
+    --------
+    >>> rows = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    >>> [found.tolist() for found in score_rows(*(row.double() for row in rows))]
+    [[0.0, 0.6931471805599453], [True, True]]
+    """
     p, q = mine.log_softmax(dim=1), other.log_softmax(dim=1)
     terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
     return terms.sum(dim=1), mine.argmax(dim=1) == other.argmax(dim=1)

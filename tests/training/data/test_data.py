@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltaspec.errors import CheckpointError, OptionError
+from deltaspec.io import data_rows
 from deltaspec.options import TextOptions
 from deltaspec.options.training import DataOptions
-from deltaspec.training.data import rows
 from deltaspec.training.data.examples import Batches, Examples, Share, encode, padding
 from deltaspec.training.data.table import Table, split_table
-from deltaspec.workflows.shared.text_batches import make_batches
+from deltaspec.workflows.shared.text_batches import Intake, Text, make_batches
 from deltaspec.workflows.training.read_data import read_examples, read_split, read_table
 from tests.tiny_models import write_text, write_tokenizer
 
@@ -154,7 +154,7 @@ def test_hub_ids_name_config_and_split_and_fail_in_one_sentence_offline(tmp_path
     asked = []
     found = datasets.Dataset.from_dict({"text": TEXTS, "label": CLASSES})
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(rows.hub, "ask", lambda question: asked.append("hub"))
+    monkeypatch.setattr(data_rows.hub, "ask", lambda question: asked.append("hub"))
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda *ref, split: asked.append((*ref, split)) or found)
         for ref in ("owner/name", "owner/name:test", "owner/name:main/test"):
@@ -165,7 +165,7 @@ def test_hub_ids_name_config_and_split_and_fail_in_one_sentence_offline(tmp_path
     def fail(question):
         raise OSError("no route")
 
-    monkeypatch.setattr(rows.hub, "ask", fail)
+    monkeypatch.setattr(data_rows.hub, "ask", fail)
     with pytest.raises(CheckpointError, match="'owner/name': no such file here.*cannot be reached .no route"):
         read_table("owner/name", DataOptions())
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -271,7 +271,7 @@ def test_packing_is_that_of_calibration(tmp_path, length):
     words, path = tokenizer(tmp_path / "t", causal=True), write_text(tmp_path / "a.txt", lines=13)
     examples = read_examples(str(path), replace(LM, length=length), words)
     options = TextOptions(length=length, tokens=10**6)
-    batches = make_batches(path, words, options, packed=True)
+    batches = make_batches(Text(path, options), words, Intake(packed=True))
     wanted = Counter(tuple(row) for batch in batches for row in batch.ids.tolist())
     found = Counter(tuple(ids.tolist()) for ids in examples.ids.split(examples.lengths.tolist()))
     assert found == Counter({row: count for row, count in wanted.items() if len(row) > 1})

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaspec.training.sites.attachment import PREFIX, Attachment
+from deltaspec.architecture.peft_names import PREFIX
+from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta

@@ -19,7 +19,7 @@ from deltaspec.errors import CheckpointError, DeltaspecError, MissingPackageErro
 from deltaspec.io.moments import open_moments
 from deltaspec.options import CalibrateOptions, TextOptions
 from deltaspec.workflows.extraction.calibrate import calibrate
-from deltaspec.workflows.shared.text_batches import make_batches
+from deltaspec.workflows.shared.text_batches import Intake, Text, make_batches
 from tests.tiny_models import VOCAB, build, save, write_text, write_tokenizer
 
 LENGTH = 8
@@ -345,7 +345,7 @@ def test_batches_hold_sequences_of_one_length(tmp_path):
 
     path = tmp_path / "text.txt"
     path.write_text("aaaa\nbb\ncccc\nbb\ndddddddd\n")
-    batches = make_batches(path, Letters(), TextOptions(length=6, batch=1), packed=False, distinct=True)
+    batches = make_batches(Text(path, TextOptions(length=6, batch=1)), Letters(), Intake(packed=False, distinct=True))
     assert [batch.ids.shape[1] for batch in batches] == [2, 4, 4, 6]
     assert [batch.lines for batch in batches] == [(2,), (1,), (3,), (5,)]
     assert all(a.ids.shape[1] <= b.ids.shape[1] for a, b in pairwise(batches))

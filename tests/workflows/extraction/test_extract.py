@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaspec.errors import NumericalError, PairingError, RunError
 from deltaspec.io.matrix import open_matrix, read_low_rank
-from deltaspec.io.open import open_source
+from deltaspec.io.open import open_plain
 from deltaspec.options import AnalyzeOptions, ExtractOptions, FormOptions, RankOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.dense import pair_checkpoints
@@ -47,7 +47,7 @@ def planted_pair(tmp_path, family, *, rank=3, seed=1):
 
 def products(base, adapter):
     """Each matrix's key → B·A as our reader has it."""
-    plan = pair_adapter(open_source(base), open_source(adapter), CPU)
+    plan = pair_adapter(open_plain(base), open_plain(adapter), CPU)
     found = {}
     for pair in plan.pairs:
         factors = read_low_rank(pair.tuned)
@@ -62,7 +62,7 @@ def matrix_of(source):
 
 def deltas(base, tuned):
     """Each matrix's key → ΔW in float64."""
-    plan = pair_checkpoints(open_source(base), open_source(tuned), CPU)
+    plan = pair_checkpoints(open_plain(base), open_plain(tuned), CPU)
     return {str(p.key): matrix_of(p.tuned) - matrix_of(p.base) for p in plan.pairs}
 
 
@@ -325,7 +325,7 @@ def test_a_fine_tune_of_biases_or_norms_alone_is_an_adapter_too(name, extras, tm
     (report,) = extract(*pair, tmp_path / "out", options=options).values()
     assert report["totals"]["kept"] == pytest.approx(1)
     assert not report["not_carried"]
-    assert all(row["right"] for row in verify(*pair, tmp_path / "out", options=CPU).rest)
+    assert all(row.right for row in verify(*pair, tmp_path / "out", options=CPU).rest)
 
 
 def test_matrices_that_a_budget_leaves_out_are_listed_with_their_share(tmp_path):

@@ -95,7 +95,7 @@ def test_several_adapters_are_one_sum_rounded_once(state, base, tmp_path):
         lost = np.linalg.norm(moved - updates[name]) / np.linalg.norm(updates[name])
         assert row["relative_loss"] == pytest.approx(lost, rel=1e-6)
         assert row["unchanged_fraction"] == pytest.approx((moved == 0).mean())
-    assert {row["tensor"] for row in report.rows} == {f"{Q}.weight", f"{DOWN}.weight"}
+    assert {row.key.tensor for row in report.rows} == {f"{Q}.weight", f"{DOWN}.weight"}
     assert {path: path.read_bytes() for folder in (base, one, two) for path in folder.iterdir()} == before
 
 
@@ -307,7 +307,7 @@ def test_a_grown_vocabulary(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in grown.items())
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows + 3
     assert json.loads((base / "config.json").read_text())["vocab_size"] == rows
-    assert {row["tensor"] for row in report.rows} == {f"{Q}.weight", EMBED, HEAD}
+    assert {row.key.tensor for row in report.rows} == {f"{Q}.weight", EMBED, HEAD}
     one = whole(lora(tmp_path / "one", state, (Q,)), {EMBED: grown[EMBED]})
     with pytest.raises(PairingError, match=f"{EMBED}' from {rows} to {rows + 3} rows, and '{HEAD}'"):
         merge(base, [one], tmp_path / "never")
@@ -395,7 +395,7 @@ def test_biases_and_a_base_without_them(tmp_path):
     assert np.array_equal(
         found[f"{name}.weight"].numpy(), summed(state[f"{name}.weight"], 0.5 * product(change, name).T)
     )
-    assert {row["role"] for row in report.rows} == {"bias", "up_proj"}
+    assert {row.key.role for row in report.rows} == {"bias", "up_proj"}
     lean = write(tmp_path / "lean", {n: t for n, t in state.items() if n != f"{name}.bias"}, gpt2.config)
     with pytest.raises(PairingError, match=f"changes '{name}.bias', which the base lacks"):
         merge(lean, [change], tmp_path / "never")
@@ -410,7 +410,7 @@ def test_a_bias_of_zeros_where_the_base_has_none_changes_nothing(state, base, tm
     found, wanted = checkpoint(tmp_path / "out"), checkpoint(tmp_path / "without")
     assert found.keys() == state.keys()
     assert all(bits(found[name]) == bits(tensor) for name, tensor in wanted.items())
-    assert {row["tensor"] for row in report.rows} == {f"{Q}.weight", f"{DOWN}.weight"}
+    assert {row.key.tensor for row in report.rows} == {f"{Q}.weight", f"{DOWN}.weight"}
 
 
 @pytest.mark.parametrize("name", ["opt", "llava", "gpt_neox", "whisper", "dinov2"])

@@ -69,7 +69,7 @@ def test_peft_merges_to_the_same_tensors(case, tmp_path):
     assert found.keys() == wanted.keys() == stored.keys()
     assert max(float((found[name] - tensor).abs().max()) for name, tensor in wanted.items()) < 2e-6
     changed = {name for name, tensor in stored.items() if not torch.equal(tensor, wanted[name])}
-    assert changed == {row["tensor"] for row in report.rows}
+    assert changed == {row.key.tensor for row in report.rows}
     assert len(changed) >= 2
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deltaspec.errors import DeltaspecError, RunError
 from deltaspec.options import TextOptions
+from deltaspec.workflows.shared.text_batches import Text
 from deltaspec.workflows.verification import divergence as workflow
 from deltaspec.workflows.verification.divergence import divergence
 from tests.tiny_models import VOCAB, build, perturb, save, write_text
@@ -75,7 +76,7 @@ def test_divergences_are_those_of_the_running_models(name, text, tmp_path):
     base, tuned = build(name), perturb(build(name))
     folders = [save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned"), tmp_path / "adapter"]
     adapted = adapt(name, folders[2])
-    found = divergence(*folders, text, options=OPTIONS)
+    found = divergence(*folders, Text(text, OPTIONS))
     causal = name in ("llama", "gpt2", "mixtral")
     want = outputs(tuned, rows := sequences(text, causal=causal))
     for model, kl, top1 in (
@@ -96,7 +97,7 @@ def test_without_a_head_texts_are_told_apart(text, tmp_path):
     folders = [save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned"), tmp_path / "adapter"]
     adapted = adapt("bert", folders[2])
     text.write_text(text.read_text() + text.read_text().splitlines()[0] + "\n")  # a text twice counts once
-    found = divergence(*folders, text, options=OPTIONS)
+    found = divergence(*folders, Text(text, OPTIONS))
     rows = list(dict.fromkeys(map(tuple, sequences(text, causal=False))))
     want = outputs(tuned, rows)
     for model, kl, top1, hidden in (
@@ -128,7 +129,7 @@ def test_biases_and_whole_tensors_are_added_too(name, settings, text, tmp_path):
     base, tuned = build(name), perturb(build(name))
     folders = [save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned"), tmp_path / "adapter"]
     adapted = adapt(name, folders[2], **settings)
-    found = divergence(*folders, text, options=OPTIONS)
+    found = divergence(*folders, Text(text, OPTIONS))
     rows = sequences(text, causal=name == "llama")
     expected = kl_and_top1(outputs(tuned, rows), outputs(adapted, rows))
     assert (found.kl_adapter, found.top1_adapter) == pytest.approx(expected, rel=1e-4)
@@ -159,7 +160,7 @@ def test_an_adapter_that_holds_all_of_the_delta_leaves_nothing(text, tmp_path):
         elif "layers" in name:
             factors[name] = after.detach()
     folders = [save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned")]
-    found = divergence(*folders, write_adapter(tmp_path / "a", factors, rank=24), text, options=OPTIONS)
+    found = divergence(*folders, write_adapter(tmp_path / "a", factors, rank=24), Text(text, OPTIONS))
     assert found.kl_base > 1e-2
     assert found.kl_adapter < 1e-10
     assert found.top1_adapter == 1.0
@@ -173,7 +174,7 @@ def test_a_vocabulary_that_grew(name, text, tmp_path):
     tuned.resize_token_embeddings(len(VOCAB) + 3)
     folders = [save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned")]
     grown = load_file(folders[1] / "model.safetensors")
-    found = divergence(*folders, write_adapter(tmp_path / "a", grown, rank=1), text, options=OPTIONS)
+    found = divergence(*folders, write_adapter(tmp_path / "a", grown, rank=1), Text(text, OPTIONS))
     rows = sequences(text, causal=True)
     shared = [[x[:, : len(VOCAB)] for x in outputs(model, rows)] for model in (tuned, base)]
     assert (found.kl_base, found.top1_base) == pytest.approx(kl_and_top1(*shared), rel=1e-4)
@@ -184,10 +185,10 @@ def test_a_masked_head_that_the_config_does_not_name_is_used(text, tmp_path):
     """Encoders are often published as BertModel with their language-model head still in the file."""
     folders = [save(build("masked"), tmp_path / "base"), save(perturb(build("masked")), tmp_path / "tuned")]
     adapt("masked", tmp_path / "a")
-    named = divergence(*folders, tmp_path / "a", text, options=OPTIONS)
+    named = divergence(*folders, tmp_path / "a", Text(text, OPTIONS))
     for folder in folders:
         edit(folder, architectures=["BertModel"])
-    assert divergence(*folders, tmp_path / "a", text, options=OPTIONS) == named
+    assert divergence(*folders, tmp_path / "a", Text(text, OPTIONS)) == named
 
 
 def test_a_base_without_the_classifier_is_compared_by_hidden_states(text, tmp_path):
@@ -195,7 +196,7 @@ def test_a_base_without_the_classifier_is_compared_by_hidden_states(text, tmp_pa
     tuned.bert.load_state_dict(perturb(build("bert")).state_dict())
     folders = [save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned")]
     adapt("bert", tmp_path / "a")
-    found = divergence(*folders, tmp_path / "a", text, options=OPTIONS)
+    found = divergence(*folders, tmp_path / "a", Text(text, OPTIONS))
     assert "BertModel, no head" in found.measure
     assert found.hidden_base > 0
 
@@ -214,13 +215,13 @@ def test_one_model_at_a_time_is_in_memory(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(workflow, "load_model", watch)
     said = []
-    divergence(*folders, tmp_path / "a", text, options=OPTIONS, progress=said.append)
+    divergence(*folders, tmp_path / "a", Text(text, OPTIONS), progress=said.append)
     assert len(alive) == len(said) == 3
 
 
-def refused(*given, match, kind=DeltaspecError):
+def refused(base, tuned, adapter, text, *, match, kind=DeltaspecError):
     with pytest.raises(kind, match=match) as caught:
-        divergence(*given, options=OPTIONS)
+        divergence(base, tuned, adapter, Text(text, OPTIONS))
     assert "\n" not in str(caught.value)
 
 

@@ -34,12 +34,12 @@ def test_an_honest_adapter_is_as_good_as_it_claims(extracted):
     assert not found.worse
     assert not found.missing
     exact = deltas(*extracted[:2])
-    assert {row["matrix"] for row in found.rows} == set(exact)
+    assert {row.matrix for row in found.rows} == set(exact)
     for row in found.rows:
-        values = np.linalg.svd(exact[row["matrix"]], compute_uv=False)
-        assert row["rank"] == 5
-        assert row["optimum"] == pytest.approx(np.sqrt((values[5:] ** 2).sum() / (values**2).sum()), rel=1e-9)
-        assert row["error"] == pytest.approx(row["claimed"], rel=1e-6)
+        values = np.linalg.svd(exact[row.matrix], compute_uv=False)
+        assert row.rank == 5
+        assert row.optimum == pytest.approx(np.sqrt((values[5:] ** 2).sum() / (values**2).sum()), rel=1e-9)
+        assert row.error == pytest.approx(row.claimed, rel=1e-6)
 
 
 def test_factors_that_were_spoilt_after_writing_are_found(extracted):
@@ -63,8 +63,8 @@ def test_biases_and_whole_tensors_are_checked_too(tmp_path):
     options = ExtractOptions(RankOptions(amounts=(3,)), FormOptions(extras="all"), CPU)
     extract(base, tuned, tmp_path / "adapter", options=options)
     found = verify(base, tuned, tmp_path / "adapter", options=CPU)
-    assert {row["kind"] for row in found.rest} == {"bias", "whole"}
-    assert all(row["right"] for row in found.rest)
+    assert {row.kind for row in found.rest} == {"bias", "whole"}
+    assert all(row.right for row in found.rest)
     assert not found.worse
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     state = load_file(file)
@@ -82,7 +82,7 @@ def test_claims_about_another_model_are_not_held_against_this_one(extracted, tmp
     combine([(adapter, 1.0)], tmp_path / "small", options=ExtractOptions(RankOptions(amounts=(2,)), analysis=CPU))
     found = verify(base, tuned, tmp_path / "small", options=CPU)
     assert not found.claims
-    assert {row["rank"] for row in found.rows} == {2}
+    assert {row.rank for row in found.rows} == {2}
 
 
 def test_damaged_claims_and_wrong_order_are_one_sentence(extracted):
@@ -157,8 +157,8 @@ def test_adapters_that_cancel_are_no_adapter_and_change_nothing(extracted, tmp_p
 def test_factors_for_a_change_that_is_not_there_are_infinitely_wrong(extracted):
     base, _, adapter = extracted
     found = verify(base, base, adapter, options=CPU)
-    assert found.totals["error"] == np.inf
-    assert {row["error"] for row in found.rows} == {np.inf}
+    assert found.totals.error == np.inf
+    assert {row.error for row in found.rows} == {np.inf}
 
 
 def test_a_resized_adapter_loads_by_the_class_that_it_came_from(extracted, tmp_path):

@@ -70,10 +70,10 @@ def test_a_good_adapter_passes_and_a_spoilt_one_does_not(name, form, tmp_path):
     folders, report = make(tmp_path, name, **FORMS[form])
     found = verify(*folders, options=CPU)
     assert (found.worse, found.missing, found.claims) == ((), (), True)
-    assert found.totals["matrices"] == report["totals"]["matrices"]
-    assert found.totals["error"] == pytest.approx(report["totals"]["error"], rel=1e-6)
-    assert found.totals["optimum"] == pytest.approx(report["totals"]["optimum"], rel=1e-4)
-    assert {row["matrix"]: row["rank"] for row in found.rows} == {r["matrix"]: r["rank"] for r in report["matrices"]}
+    assert found.totals.matrices == report["totals"]["matrices"]
+    assert found.totals.error == pytest.approx(report["totals"]["error"], rel=1e-6)
+    assert found.totals.optimum == pytest.approx(report["totals"]["optimum"], rel=1e-4)
+    assert {row.matrix: row.rank for row in found.rows} == {r["matrix"]: r["rank"] for r in report["matrices"]}
     spoil(folders[2], r"lora_(embedding_)?B", 1.1)
     assert findings(folders)
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
 from deltaspec.training.methods.base_weights.own import TrainedInPlace
 from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, check_bottleneck, check_placement, place
 from deltaspec.training.sites.adapted import Update
-from deltaspec.training.sites.attachment import PREFIX, Attachment, Method, make_parameter
+from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, base_parameters, module_at
 from deltaspec.training.sites.site import Site
 

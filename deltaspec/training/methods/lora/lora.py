@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
 from deltaspec.training.methods.lora.options import LoraOptions
 from deltaspec.training.methods.lora.peft_config import from_peft, to_peft
 from deltaspec.training.methods.lora.update import BiasUpdate, EmbeddingLora, LinearLora, LoraUpdate
 from deltaspec.training.sites.adapted import Update
-from deltaspec.training.sites.attachment import PREFIX, Attachment, Group, Method, fill
+from deltaspec.training.sites.attachment import Attachment, Group, Method, fill
 from deltaspec.training.sites.model_sites import HEADS, check_ranks, kind_of, list_modules, list_sites, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey, View

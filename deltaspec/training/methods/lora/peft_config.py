@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from deltaspec.architecture.peft_names import PREFIX, find_pattern
 from deltaspec.errors import CheckpointError
-from deltaspec.training.sites.attachment import PREFIX
 from deltaspec.types.methods import PeftConfig
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> Lora
     for name, shape in shapes.items():
         if found := FACTOR.fullmatch(name):
             path = found["path"]
-            own = (shape[0], _match(config.get("alpha_pattern") or {}, path, default=alpha))
+            own = (shape[0], _match(config.get("alpha_pattern") or {}, path, alpha))
             if own != (rank, alpha):
                 patterns[path] = own
     return LoraOptions(
@@ -105,10 +105,9 @@ def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> Lora
     )
 
 
-def _match(patterns: Mapping[str, float], path: str, *, default: float) -> float:
-    """Return what the first of PEFT's patterns says of a path: one that matches it whole, or from a dot on."""
+def _match(patterns: Mapping[str, float], path: str, otherwise: float) -> float:
     try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+        return find_pattern(patterns, path, otherwise)
     except re.error as cause:
         message = f"The adapter's alpha_pattern holds what is no regular expression ({cause}): download it again."
         raise CheckpointError(message) from cause

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
-
-from deltaspec.io.content import same_content
-from deltaspec.types import Checkpoint, TensorSpec
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -152,16 +149,17 @@ def is_told(config: dict[str, Any]) -> bool:
     return config.get("model_type") in TOLD
 
 
-def list_tied(base: Checkpoint, embedding: str, running: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    """List the modules that use a token embedding's weight beside it, by what the checkpoint stores.
+def list_sharers(embedding: str, running: Collection[str], config: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """List the modules that may use a token embedding's weight beside it, tied or not.
 
     Parameters
     ----------
-    base : Checkpoint
     embedding : str
         The embedding's module path in the running model.
-    running : dict
-        Running parameter name → stored name.
+    running : collection of str
+        The running model's parameters.
+    config : dict
+        Content of config.json.
 
     Returns
     -------
@@ -170,22 +168,11 @@ def list_tied(base: Checkpoint, embedding: str, running: dict[str, str]) -> tupl
     """
     if not TOKENS.search(embedding):
         return ()
-    kind, architecture, uses = str(base.config.get("model_type", "")), _architecture(base.config), []
+    uses = []
     if shared := SHARED.fullmatch(embedding):
         stacks = (f"{shared[1]}{side}" for side in ("encoder", "decoder"))
         present = [stack for stack in stacks if any(name.startswith(f"{stack}.") for name in running)]
         uses += [(f"{stack}.embed_tokens", "embedding") for stack in present]
-    if HEADED.search(architecture):
-        uses.append((HEADS.get(kind, "lm_head"), "linear"))
-    first = base.tensors.get(running.get(f"{embedding}.weight", ""))
-    return tuple((path, use) for path, use in uses if _is_tied(base, first, running.get(f"{path}.weight")))
-
-
-def _is_tied(base: Checkpoint, first: TensorSpec | None, name: str | None) -> bool:
-    """Tell whether a module's weight is the embedding's: not stored, or stored twice where the config may tie."""
-    if name is None or first is None:
-        return name is None
-    text, second = base.config.get("text_config"), base.tensors[name]
-    told = base.config.get("tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None)
-    same = first.shape == second.shape and first.dtype == second.dtype
-    return told is not False and same and same_content(first, second)
+    if HEADED.search(_architecture(config)):
+        uses.append((HEADS.get(str(config.get("model_type", "")), "lm_head"), "linear"))
+    return tuple(uses)

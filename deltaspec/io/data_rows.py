@@ -1,4 +1,4 @@
-"""The columns of a file or a hub data set, through the datasets library; code that comes with data never runs."""
+"""Columns of a file or a hub data set, whole, through the datasets library; code that comes with data never runs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError, require
 from deltaspec.io import hub
+from deltaspec.io.text_rows import ENCODING, is_tabbed, separate
 
 KINDS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text", ".parquet": "parquet"}
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(:((?P<config>[\w.-]+)/)?(?P<split>[\w.-]+))?", re.ASCII)
@@ -84,7 +85,7 @@ def _read_file(datasets: Any, path: Path, fields: Sequence[str]) -> Any:
     settings: dict[str, Any] = {}
     if kind != "parquet":
         _check_text(path)
-        settings = {"encoding": "utf-8-sig"} if kind != "json" else {}
+        settings = {"encoding": ENCODING} if kind != "json" else {}
     if kind == "csv":
         settings |= _describe_csv(datasets, path, fields)
     with tempfile.TemporaryDirectory() as folder:  # its cache goes by path and time, and a file may change in between
@@ -120,8 +121,7 @@ def _describe_csv(datasets: Any, path: Path, fields: Sequence[str]) -> dict[str,
     if any(numbered) and not all(numbered):
         message = f"--text and --label give '{path}' names and numbers: pass names, or numbers if it has no names."
         raise OptionError(message)
-    tabs = path.suffix.lower() == ".tsv"
-    first = _check_width(path, tabs=tabs)
+    tabs, first = is_tabbed(path), _check_width(path)
     names = [str(place) for place in range(1, len(first) + 1)] if all(numbered) else first
     return {
         "sep": "\t" if tabs else ",",
@@ -133,13 +133,12 @@ def _describe_csv(datasets: Any, path: Path, fields: Sequence[str]) -> dict[str,
     }
 
 
-def _check_width(path: Path, *, tabs: bool) -> list[str]:
+def _check_width(path: Path) -> list[str]:
     """Return the first row; all others must have as many columns, which the library fills up or shifts."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
-            first: list[str] = []
+        with path.open(encoding=ENCODING, newline="") as stream:
+            rows, first = separate(stream, path), list[str]()
             for row in filter(None, rows):
                 first = first or row
                 if len(row) != len(first):
