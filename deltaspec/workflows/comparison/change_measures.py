@@ -11,6 +11,7 @@ from statistics import mean, median
 from deltaspec.engine.local import resolve_devices
 from deltaspec.options.compare import CompareOptions
 from deltaspec.spectra.subspaces import Similarity, compare_subspaces
+from deltaspec.store.formats.comparison import ChangeSummary
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.training_folder import FINAL
 from deltaspec.types import Step
@@ -18,7 +19,7 @@ from deltaspec.workflows.analysis.analyze import analyze_against
 from deltaspec.workflows.analysis.weight_changes import open_changes
 from deltaspec.workflows.comparison.finished_trainings import FinishedTraining
 from deltaspec.workflows.comparison.matrix_measures import AnalyzedTraining, MatrixRow, measure_matrices
-from deltaspec.workflows.comparison.rows import NOTHING, ChangeSummary
+from deltaspec.workflows.comparison.rows import NOTHING
 from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
 
