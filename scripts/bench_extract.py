@@ -161,6 +161,7 @@ def one_matrix(side: int, rank: int) -> dict[str, object]:
     import torch
 
     from deltaspec.delta import DenseDelta
+    from deltaspec.linalg.streamed import Streamed
     from deltaspec.linalg.truncated import truncate
     from deltaspec.options import AnalyzeOptions
     from deltaspec.workflows.analysis.analyze import make_plan
@@ -173,7 +174,8 @@ def one_matrix(side: int, rank: int) -> dict[str, object]:
     times, device = [], torch.device("cpu")
     for _ in range(3):
         start = time.process_time()
-        found = truncate(DenseDelta(pair.base, pair.tuned, device=device).blocks, pair.shape, device=device, rank=rank)
+        delta = DenseDelta(pair.base, pair.tuned, device=device)
+        found = truncate(Streamed(delta.blocks, pair.shape, device), rank=rank)
         times.append(time.process_time() - start)
     dense = torch.cat([b.float().clone() for b in DenseDelta(pair.base, pair.tuned, device=device).blocks()])
     start = time.process_time()

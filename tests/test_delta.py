@@ -185,13 +185,16 @@ def test_a_quantised_base_was_rounded_too(tmp_path, shape, dtype, scaled):
 
 @pytest.mark.usefixtures("_cut")
 @pytest.mark.parametrize("dtype", FP8)
-def test_quantised_on_the_tuned_side(tmp_path, dtype):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_quantised_on_the_tuned_side(tmp_path, dtype, scaled):
     """Spacings are those of the codes times their scale; an exact base adds none, and no coarser grid is looked for."""
     shape = (130, 6)
     base, codes = weights(shape).float(), weights(shape, seed=3).to(dtype)
-    scale = torch.linspace(0.5, 2, 130)[:, None]
-    tuned = source(tmp_path, "tuned", {"weight": codes, "weight_scale": scale}, shape)
-    found = DenseDelta(source(tmp_path, "base", {"weight": base}, shape), tuned, device=CPU)
+    scale = torch.linspace(0.5, 2, 130)[:, None] if scaled else torch.ones(1, 1)
+    tensors = {"weight": codes, "weight_scale": scale} if scaled else {"weight": codes}
+    found = DenseDelta(
+        source(tmp_path, "base", {"weight": base}, shape), source(tmp_path, "tuned", tensors, shape), device=CPU
+    )
     delta = codes.double().numpy() * scale.double().numpy() - base.double().numpy()
     assert np.allclose(whole(found.blocks(), shape).numpy(), delta, rtol=1e-13, atol=1e-15)
     squares = (spacing_of_codes(codes.double().numpy(), dtype) * scale.double().numpy()) ** 2

@@ -6,15 +6,16 @@ from typing import Any
 
 import click
 
-from deltaspec.cli.choices import form_options, parse_form, parse_ranks, rank_options
+from deltaspec.cli.choices import FORM, parse_ranks, rank_options
+from deltaspec.cli.flags import flags, take
 from deltaspec.cli.recompress import common_options, recompress
-from deltaspec.options import ExtractOptions
+from deltaspec.options import ExtractOptions, FormOptions
 
 
 @click.command()
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]…")
-@rank_options("rank", "energy", "error", "params", "size")
-@form_options(extras=False)
+@rank_options(above_rounding=False)
+@flags(FormOptions, *FORM)
 @common_options
 def combine(adapters: tuple[str, ...], **given: Any) -> None:
     """Add adapters of one base, each times its weight, and write the sum as one adapter.
@@ -22,5 +23,5 @@ def combine(adapters: tuple[str, ...], **given: Any) -> None:
     Without a policy nothing is lost: the rank is the sum of the ranks. Adapters are PEFT LoRA folders, or
     .safetensors files in kohya's naming.
     """
-    options = ExtractOptions(parse_ranks(given, fallback="1000000000"), parse_form(given))
-    recompress(adapters, options, **given)
+    options = ExtractOptions(parse_ranks(given, fallback="1000000000"), take(FormOptions, given))
+    recompress(adapters, options, given)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltaspec.cli.methods import method_options, parse_method, parse_targets
+from deltaspec.cli.flags import take
+from deltaspec.cli.methods import method_options, parse_method
+from deltaspec.options import TargetOptions
 from deltaspec.options.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@method_options()
+@method_options
 @click.option("--task", default="", metavar="TASK", help="classification or causal-lm, instead of the config's class.")
 @click.option("--labels", default=0, metavar="N", help="Classes of a classification; 0: as the config says.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -27,7 +29,7 @@ def count(model: str, task: str, labels: int, as_json: bool, **given: Any) -> No
     fetched. Nothing is loaded, so any size is quick. Needs the extra ``train``.
     """
     method, options = parse_method(given)
-    recipe = Recipe(method=method, method_options=options, targets=parse_targets(given))
+    recipe = Recipe(method=method, method_options=options, targets=take(TargetOptions, given))
     from deltaspec.workflows.training.count import count as run_count
     from deltaspec.workflows.training.count import counts_to_json
 

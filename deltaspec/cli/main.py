@@ -26,7 +26,15 @@ COMMANDS = {
     "show": "Print a run's table again: by role, by depth or by matrix.",
     "export": "Write a run's records as CSV, JSON or Parquet.",
     "plot": "Draw a run's figures.",
+    "help": "Show a page of the manual.",
 }
+MANUAL = {
+    **dict.fromkeys(("analyze", "show", "plot"), "numbers"),
+    **dict.fromkeys(("extract", "verify", "calibrate", "combine", "resize", "merge"), "adapters"),
+    **dict.fromkeys(("train", "count", "compare"), "training"),
+    "export": "formats",
+}
+"""Command → the page of the manual that explains it."""
 
 
 class UserMistake(click.ClickException):
@@ -47,6 +55,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = getattr(importlib.import_module(f"deltaspec.cli.{cmd_name}"), cmd_name)
+        if cmd_name in MANUAL:
+            command.epilog = f"Manual: deltaspec help {MANUAL[cmd_name]}"
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -63,7 +73,7 @@ class LazyGroup(click.Group):
             raise UserMistake(printable(said)) from error  # it may hold names from files
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, epilog="Manual: deltaspec help", context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="deltaspec")
 def cli() -> None:
     """Say what fine-tuning changed: singular-value spectra of weight deltas."""

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaspec.cli.flags import Writing, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import printable, table
-from deltaspec.options import DTYPES, MergeOptions
+from deltaspec.options import MergeOptions
 
 if TYPE_CHECKING:
     from deltaspec.workflows.merging.report import MergeReport
@@ -23,25 +24,19 @@ unchanged: elements that are what they were."""
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--out", type=click.Path(), required=True, help="Folder, or .safetensors file, to write.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help=f"Of float tensors: {', '.join(DTYPES)} (as the base has them)."
-)
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def merge(
-    base: str, adapters: tuple[str, ...], out: str, dtype: str, overwrite: bool, as_json: bool, quiet: bool
-) -> None:
+@flags(MergeOptions)
+@flags(Writing)
+def merge(base: str, adapters: tuple[str, ...], out: str, **given: Any) -> None:
     """Add LoRA adapters to BASE, each times its weight (1), and say how much of the update rounding lost.
 
     Exit code 1 if it was stopped (the same command goes on), 2 if nothing could be written.
     """
-    options = MergeOptions(dtype)
+    options, writing = take(MergeOptions, given), take(Writing, given)
     from deltaspec.workflows.merging.merge import merge as run_merge
 
-    with stoppable(), Progress(quiet=quiet) as progress:
-        report = run_merge(base, adapters, out, options=options, overwrite=overwrite, progress=progress)
-    click.echo(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else _render(report))
+    with stoppable(), Progress(quiet=writing.quiet) as progress:
+        report = run_merge(base, adapters, out, options=options, overwrite=writing.overwrite, progress=progress)
+    click.echo(json.dumps(report.to_dict(), ensure_ascii=False) if writing.as_json else _render(report))
 
 
 def _render(report: MergeReport) -> str:

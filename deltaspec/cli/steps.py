@@ -7,10 +7,19 @@ import sys
 
 import click
 
+from deltaspec.cli.flags import Output
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import render_steps, table
 from deltaspec.options import AnalyzeOptions
+
+
+def show_steps(base: str, checkpoints: tuple[str, ...], options: AnalyzeOptions, *, as_json: bool) -> None:
+    """Print what would be compared at each step; no weights are read."""
+    from deltaspec.workflows.analysis.trajectory import plan_steps
+
+    rows = plan_steps(base, checkpoints, options)
+    click.echo(json.dumps(rows) if as_json else table(rows))
 
 
 def analyze_steps(
@@ -19,22 +28,16 @@ def analyze_steps(
     out: str | None,
     *,
     options: AnalyzeOptions,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
+    output: Output,
 ) -> None:
     """Analyse every checkpoint and print rank against training step; exit code 1 if some of it failed."""
     from deltaspec.workflows.analysis.as_json import trajectory_to_json
-    from deltaspec.workflows.analysis.trajectory import plan_steps, trajectory
+    from deltaspec.workflows.analysis.trajectory import trajectory
 
-    if dry_run:
-        rows = plan_steps(base, checkpoints, options)
-        click.echo(json.dumps(rows) if as_json else table(rows))
-        return
-    with stoppable(), Progress(quiet=quiet) as progress:
+    with stoppable(), Progress(quiet=output.quiet) as progress:
         found = trajectory(base, checkpoints, out, options=options, progress=progress)
-    click.echo(json.dumps(trajectory_to_json(found), ensure_ascii=False) if as_json else render_steps(found))
-    if not as_json:
+    click.echo(json.dumps(trajectory_to_json(found), ensure_ascii=False) if output.as_json else render_steps(found))
+    if not output.as_json:
         click.echo(f"\nTrajectory: {found.path}  (deltaspec show, export, plot)")
     failed = len(found.failures) + sum(len(run.failures) for run in found.runs)
     if failed:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaspec.cli.flags import Output, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import printable, table
@@ -28,52 +29,34 @@ if TYPE_CHECKING:
 @click.argument("tuned")
 @click.argument("adapter")
 @click.option("--text", type=click.Path(), help="Also run the three models on this text and compare what they say.")
-@click.option("--field", default="text", show_default=True, help="Column of a jsonl, csv or tsv file.")
-@click.option("--tokens", default=8192, show_default=True, help="How much of the text.")
-@click.option("--vocab", default="strict", show_default=True, help="strict, or common: only rows that both have.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or a list: cuda:0,cuda:1.")
-@click.option("--workers", default=0, help="Matrices in flight on the CPU; 0: one for each core.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress.")
-def verify(
-    base: str,
-    tuned: str,
-    adapter: str,
-    text: str | None,
-    field: str,
-    tokens: int,
-    as_json: bool,
-    quiet: bool,
-    **given: Any,
-) -> None:
+@flags(TextOptions, "field", "tokens", defaults={"tokens": 8192})
+@flags(AnalyzeOptions, "vocab", "device", "workers")
+@flags(Output)
+def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) -> None:
     """Read ADAPTER back and recompute its error against the change from BASE to TUNED.
 
     Exit code 1 if it is worse than its deltaspec.json claims, or than none; 2 if it cannot be checked.
     """
-    options = AnalyzeOptions(**given)
+    options, output = take(AnalyzeOptions, given), take(Output, given)
+    settings = take(TextOptions, given | {"device": options.device.split(",")[0]})
     from deltaspec.workflows.verification.verify import verify as run_verification
 
     with stoppable():
-        with Progress(quiet=quiet) as progress:
+        with Progress(quiet=output.quiet) as progress:
             found = run_verification(base, tuned, adapter, options=options, progress=progress)
-        settings = TextOptions(field=field, tokens=tokens, device=options.device.split(",")[0])
-        said = _divergence(base, tuned, adapter, text, options=settings, quiet=quiet)
-    click.echo(json.dumps({**asdict(found), "divergence": said}) if as_json else _render(found, said))
+        said = _divergence((base, tuned, adapter), text, options=settings, quiet=output.quiet) if text else None
+    click.echo(json.dumps({**asdict(found), "divergence": said}) if output.as_json else _render(found, said))
     if found.worse or found.missing or found.totals.error > 1:
         sys.exit(1)
 
 
-def _divergence(
-    base: str, tuned: str, adapter: str, text: str | None, *, options: TextOptions, quiet: bool
-) -> dict[str, Any] | None:
+def _divergence(models: tuple[str, str, str], text: str, *, options: TextOptions, quiet: bool) -> dict[str, Any]:
     """Run the three models, and say on stderr which one."""
-    if text is None:
-        return None
     from deltaspec.workflows.shared.text_batches import Text
     from deltaspec.workflows.verification.divergence import divergence
 
     tell = None if quiet else partial(click.echo, err=True)
-    return asdict(divergence(base, tuned, adapter, Text(Path(text), options), progress=tell))
+    return asdict(divergence(*models, Text(Path(text), options), progress=tell))
 
 
 def _render(found: Verification, said: dict[str, Any] | None) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.extraction.factors import Factors
-from deltaspec.linalg.svd import Blocks
+from deltaspec.linalg.streamed import Blocks
 from deltaspec.types import LowRankDelta, Truncation
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltaspec.options import RankOptions
+from deltaspec.options import POLICY_HELP, RankOptions
 from deltaspec.types import Truncation
 
 EPS = float(torch.finfo(torch.float64).eps)
@@ -139,17 +139,17 @@ def _fixed(values: Tensor, energy: float, amount: float) -> int:
 
 
 POLICIES = {
-    "rank": Policy(_fixed, "the same rank for every matrix", "rank", "top"),
-    "energy": Policy(rank_for_energy, "the least rank that keeps this share of ‖ΔW‖²", "share of energy", "values"),
-    "error": Policy(rank_for_error, "the least rank with this relative error ‖ΔW - BA‖/‖ΔW‖", "relative", "values"),
+    "rank": Policy(_fixed, POLICY_HELP["rank"], "rank", "top"),
+    "energy": Policy(rank_for_energy, POLICY_HELP["energy"], "share of energy", "values"),
+    "error": Policy(rank_for_error, POLICY_HELP["error"], "relative", "values"),
     "above_rounding": Policy(
         lambda values, energy, edge: rank_above(values, edge),
-        "the singular values above what storage rounding alone explains",
+        POLICY_HELP["above_rounding"],
         "singular value of the edge",
         "values",
     ),
-    "params": Policy(None, "so many numbers in all factors, where they keep most energy", "numbers", "all"),
-    "size": Policy(None, "so many bytes in all factors, where they keep most energy", "bytes", "all"),
+    "params": Policy(None, POLICY_HELP["params"], "numbers", "all"),
+    "size": Policy(None, POLICY_HELP["size"], "bytes", "all"),
 }
 
 

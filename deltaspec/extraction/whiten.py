@@ -13,7 +13,7 @@ from deltaspec.errors import NumericalError
 from deltaspec.extraction.factor_errors import locate_blocks, stored_errors
 from deltaspec.extraction.factors import Factors
 from deltaspec.linalg.lowrank import svd_of_product
-from deltaspec.linalg.svd import Blocks
+from deltaspec.linalg.streamed import Blocks, Streamed
 from deltaspec.linalg.truncated import Rank, truncate
 from deltaspec.types import LowRankDelta, Truncation
 
@@ -181,7 +181,7 @@ def truncate_weighted(
     Wang et al., SVD-LLM, ICLR 2025, section 3.1, for the inverting form [ΔW·T]_r·T⁻¹: the same M where T has one.
     """
     weighted = weigh(blocks, shape, moments, device=device)
-    truncation = truncate(weighted.blocks, shape, device=device, rank=rank)
+    truncation = truncate(Streamed(weighted.blocks, shape, device), rank=rank)
     projected, energy = _project(blocks, truncation.left.to(device), shape)
     return WeightedTruncation(truncation, projected.cpu(), energy, weighted)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from deltaspec.errors import RunError
 from deltaspec.files.atomic import is_alive, unwritten
+from deltaspec.types.versions import numbers_of
 
 MARK = "deltaspec.json"  # in every folder that deltaspec wrote
 ASIDE = "replaced"  # inside the working folder: what stood at out until the commit
@@ -46,6 +47,8 @@ class Staging:
     ) -> None:
         self.out = Path(out).resolve()
         self.overwrite, self.inputs = overwrite, [Path(source).resolve() for source in inputs]
+        if "deltaspec" in identity:
+            identity = {**identity, "deltaspec": numbers_of(identity["deltaspec"])}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8]
         self.path = self.out.parent / f"{self.out.name}.partial-{digest}"
         self._pid = self.path / f"pid-{os.getpid()}"

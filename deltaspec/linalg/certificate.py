@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 from deltaspec.linalg.krylov import promised_energy
 from deltaspec.linalg.routes import EXACT
 from deltaspec.linalg.signs import fix_signs
-from deltaspec.linalg.svd import EPS, Blocks
+from deltaspec.linalg.streamed import Streamed
+from deltaspec.linalg.svd import EPS
 from deltaspec.types import Spectrum, Truncation
 
 CEILING = 1e-4  # no excess above this is returned
@@ -20,32 +20,26 @@ LIMIT = 2e-5  # of an estimated excess: estimates so small were never below half
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
-    """One matrix D that arrives in blocks along its longer axis, as ``truncate`` takes it, and whole from ``hold``."""
+class Subspace:
+    """Where the top r singular vectors of the smaller side of D lie.
 
-    blocks: Blocks
-    shape: tuple[int, int]
-    device: torch.device
-    hold: Callable[[], Tensor | None] | None = None
+    ``rows`` (r, side), float64, of full rank: near the top right singular vectors of a tall D, left ones of a wide D.
+    ``next_value`` is an estimate of the square of singular value r + 1.
+    """
 
-    def tall(self) -> Iterator[Tensor]:
-        """Blocks of rows of D, or of Dᵀ where D is wide."""
-        for block in self.blocks():
-            yield block if self.shape[0] >= self.shape[1] else block.mT
+    rows: Tensor
+    next_value: float
 
 
 def certify(
-    matrix: Streamed, basis: Tensor, *, next_value: float, energy: float, method: str, spectrum: Spectrum | None = None
+    matrix: Streamed, found: Subspace, *, energy: float, method: str, spectrum: Spectrum | None = None
 ) -> Truncation | None:
     """Turn a basis of the smaller side into a truncation of D whose excess is known to be small.
 
     Parameters
     ----------
     matrix : Streamed
-    basis : Tensor, (r, side), float64
-        Rows near the top right singular vectors of a tall D, left ones of a wide D; of full rank.
-    next_value : float
-        An estimate of the square of singular value r + 1.
+    found : Subspace
     energy : float
         ‖D‖²_F.
     method : str
@@ -64,24 +58,23 @@ def certify(
     attempt starts from DᵀD·V, a power step in float64, which undoes the rounding of float32.
     """
     floor = (max(matrix.shape) * EPS) ** 2 * energy  # a residual this small is rounding
-    optimum = _known_optimum(spectrum, len(basis))
+    basis, optimum = found.rows, _known_optimum(spectrum, len(found.rows))
     for _ in range(2):
-        found = _project(matrix, basis)
-        residual = energy - float(found.values.square().sum())
+        part = _project(matrix, basis)
+        residual = energy - float(part.values.square().sum())
         if residual < 1e-7 * energy:  # the difference has lost its digits
-            residual = _measure_residual(matrix, found.near)
-        missed = promised_energy(found.values.square(), found.residuals, next_value)
+            residual = _measure_residual(matrix, part.near)
+        missed = promised_energy(part.values.square(), part.residuals, found.next_value)
         excess, limit = missed / max(residual, floor) / 2, LIMIT
         if optimum is not None:
             excess, limit = max(math.sqrt(residual / max(optimum, floor)) - 1, 0.0), CEILING
         if residual <= floor:
             excess = 0.0
         if excess <= limit:
-            left, right = found.sides(matrix.shape)
+            left, right = part.sides(matrix.shape)
             values = None if spectrum is None else spectrum.singular_values
-            parts = (left, found.values.cpu(), right)
-            return Truncation(*parts, matrix.shape, energy, residual, excess, method, values)
-        basis = found.image
+            return Truncation(left, part.values.cpu(), right, matrix.shape, energy, residual, excess, method, values)
+        basis = part.image
     return None
 
 

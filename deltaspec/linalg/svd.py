@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from deltaspec.linalg.gram import accumulate_gram, gram_energy
 from deltaspec.linalg.openblas import find_openblas
 from deltaspec.linalg.routes import EXACT, ONE_STAGE, TWO_STAGE, choose_route
 from deltaspec.linalg.signs import fix_signs
+from deltaspec.linalg.streamed import Blocks
 from deltaspec.types import Spectrum
 
-Blocks = Callable[[], Iterable[Tensor]]
 TopBasis = Callable[[int], Tensor]
 EPS = float(torch.finfo(torch.float64).eps)
 CERTIFICATE = 1e-10  # relative; ≤ 7e-16 observed, so a miss means a broken decomposition

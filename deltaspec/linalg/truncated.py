@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError
-from deltaspec.linalg.certificate import Streamed, certify
+from deltaspec.linalg.certificate import Subspace, certify
 from deltaspec.linalg.krylov import top_subspace
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.routes import choose_route
-from deltaspec.linalg.svd import EPS, Blocks, exact_spectrum, gram_spectrum
+from deltaspec.linalg.streamed import Streamed
+from deltaspec.linalg.svd import EPS, exact_spectrum, gram_spectrum
 from deltaspec.types import Spectrum, Truncation
 
 Rank = int | Callable[[Tensor], int]
@@ -27,34 +28,19 @@ FEW = {"cpu": 16, "cuda": 64}  # ranks up to side over this are iterated for
 LARGE = 2048  # sides above which values alone and then an iteration cost less than one reduction for both
 
 
-def truncate(
-    blocks: Blocks,
-    shape: tuple[int, int],
-    *,
-    device: torch.device,
-    rank: Rank,
-    seed: int = 0,
-    memory: int | None = None,
-    hold: Callable[[], Tensor | None] | None = None,
-) -> Truncation:
+def truncate(matrix: Streamed, *, rank: Rank, seed: int = 0, memory: int | None = None) -> Truncation:
     """Compute the top r singular triplets of D: the best rank-r approximation, up to an excess that is reported.
 
     Parameters
     ----------
-    blocks : callable
-        Each call starts again over D in float64 blocks along its longer axis: rows of a tall D, columns of a wide one.
-        A block may be overwritten once the next one is asked for.
-    shape : (d_out, d_in)
-    device : torch.device
-        Where blocks arrive and the work is done.
+    matrix : Streamed
+        D.
     rank : int or callable
         r, clamped to 0…min(shape); or a policy: all singular values, float64, descending → r.
     seed : int
         Of the iteration's start.
     memory : int, optional
         Bytes that D may take, whole in float32; where it takes more it is only streamed.
-    hold : callable, optional
-        Returns D whole in float32 where the caller can give it, for ``blocks`` to read from then on; or None.
 
     Returns
     -------
@@ -67,11 +53,11 @@ def truncate(
     NumericalError
         If D holds NaN or infinity, or nothing converges.
     """
-    side = min(shape)
+    shape, side = matrix.shape, min(matrix.shape)
     if side == 0 or (not callable(rank) and rank <= 0):
-        return _nothing(shape, _finite(sum(float(block.square().sum()) for block in blocks())))
-    matrix, fits = Streamed(blocks, shape, device, hold), memory is None or 4 * shape[0] * shape[1] <= memory
-    with _without_tf32(device):
+        return _nothing(shape, _finite(sum(float(block.square().sum()) for block in matrix.blocks())))
+    fits = memory is None or 4 * shape[0] * shape[1] <= memory
+    with _without_tf32(matrix.device):
         found = _try_iteration(matrix, rank, seed=seed) if fits and side >= CRAMPED else None
         return found or _by_reduction(matrix, rank) or _by_svd(matrix, rank)
 
@@ -140,7 +126,7 @@ def _by_iteration(matrix: Streamed, rank: int, *, seed: int, spectrum: Spectrum 
     basis, next_value = found
     method = choose_route(matrix.device, "top", min(matrix.shape))
     method = f"{spectrum.method}+{method}" if spectrum else method
-    return certify(matrix, basis, next_value=next_value, energy=energy, method=method, spectrum=spectrum)
+    return certify(matrix, Subspace(basis, next_value), energy=energy, method=method, spectrum=spectrum)
 
 
 def _by_reduction(matrix: Streamed, rank: Rank) -> Truncation | None:
@@ -160,7 +146,7 @@ def _by_reduction(matrix: Streamed, rank: Rank) -> Truncation | None:
     except np.linalg.LinAlgError:
         return None
     following, energy = _next(values, rank), spectrum.energy
-    return certify(matrix, vectors, next_value=following, energy=energy, method=method, spectrum=spectrum)
+    return certify(matrix, Subspace(vectors, following), energy=energy, method=method, spectrum=spectrum)
 
 
 def _by_svd(matrix: Streamed, rank: Rank) -> Truncation:
@@ -171,7 +157,7 @@ def _by_svd(matrix: Streamed, rank: Rank) -> Truncation:
     if rank == 0 or basis is None:
         return _nothing(matrix.shape, spectrum.energy, values)
     following, energy, method = _next(values, rank), spectrum.energy, spectrum.method
-    found = certify(matrix, basis(rank), next_value=following, energy=energy, method=method, spectrum=spectrum)
+    found = certify(matrix, Subspace(basis(rank), following), energy=energy, method=method, spectrum=spectrum)
     if found is None:
         message = "its SVD is no best approximation of its rank."
         raise NumericalError(message)

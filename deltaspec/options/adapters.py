@@ -7,37 +7,35 @@ from typing import Any
 
 from deltaspec.errors import OptionError
 from deltaspec.options.analyze import AnalyzeOptions
+from deltaspec.options.option import documented, option
 
-POLICIES = ("rank", "energy", "error", "above_rounding", "params", "size")
+POLICY_HELP = {
+    "rank": "The same number of directions for every matrix.",
+    "energy": "For each matrix, the fewest directions that keep this share of ‖ΔW‖².",
+    "error": "For each matrix, the fewest directions with at most this relative error ‖ΔW - BA‖/‖ΔW‖.",
+    "above_rounding": "For each matrix, the directions above what storage rounding alone explains.",
+    "params": "A budget of numbers for all factors together, spent where it keeps most; for example 2M.",
+    "size": "A budget of bytes for all factors together, spent where it keeps most; for example 50MB.",
+}
+POLICIES = tuple(POLICY_HELP)
 BUDGETS = ("params", "size")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 TARGETS = ("peft", "vllm", "llamacpp")
 EXTRAS = ("none", "bias", "all")
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class RankOptions:
-    """How many directions of each matrix are kept.
+    """How many directions of each matrix are kept."""
 
-    Parameters
-    ----------
-    policy : str
-        ``rank``, ``energy`` (least rank that keeps this share of ‖ΔW‖²), ``error`` (least rank with this relative
-        error), ``above_rounding`` (singular values above what storage rounding explains), or a budget over all
-        matrices: ``params`` (numbers) or ``size`` (bytes).
-    amounts : tuple of float
-        The policy's number; several write several adapters from one factorization. Not used by above_rounding.
-    minimum, maximum : int
-        Bounds of every matrix's rank; a maximum of 0 is none.
-    weighted : bool
-        Budgets spend on ‖ΔW‖²/‖W‖² instead of ‖ΔW‖².
-    """
-
-    policy: str = "rank"
-    amounts: tuple[float, ...] = (16,)
-    minimum: int = 0
-    maximum: int = 0
-    weighted: bool = False
+    policy: str = option("rank", f"How ranks are chosen: {', '.join(POLICIES)}.")
+    amounts: tuple[float, ...] = option(
+        (16,), "The policy's number; several write several adapters from one factorisation. above_rounding has none."
+    )
+    minimum: int = option(0, "Least rank of every matrix.", metavar="R", flag="--min-rank")
+    maximum: int = option(0, "Largest rank of every matrix; 0: no bound.", metavar="R", flag="--max-rank")
+    weighted: bool = option(False, "Spend a budget by ‖ΔW‖²/‖W‖² instead of ‖ΔW‖².")
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
@@ -71,31 +69,28 @@ class RankOptions:
         return {name: 0.0} if name == "above-rounding" else {f"{name}-{amount:.12g}": amount for amount in self.amounts}
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class FormOptions:
-    """How an adapter is written.
+    """How an adapter is written."""
 
-    Parameters
-    ----------
-    dtype : str
-        Of the factors: bf16, fp16, fp32, or auto: the tuned checkpoint's own, at most fp32.
-    target : str
-        Who loads it: ``peft`` takes all that changed, ``vllm`` and ``llamacpp`` the linear layers of the blocks at one
-        rank.
-    extras : str
-        What else goes in: ``none``, ``bias`` (changes of biases, as lora_bias), or ``all`` (biases, and norms and
-        other tensors without factors whole, as modules_to_save); the two need ``target`` peft.
-    rslora : bool
-        Write α = √r for α/√r scaling; the scale is 1 either way.
-    split_fused : bool
-        Factorise the parts of a fused matrix one by one; the module's rank is their sum.
-    """
-
-    dtype: str = "auto"
-    target: str = "peft"
-    extras: str = "none"
-    rslora: bool = False
-    split_fused: bool = False
+    dtype: str = option(
+        "auto", f"Number format of the factors: {', '.join(DTYPES)}. auto: the tuned checkpoint's own, at most fp32."
+    )
+    target: str = option(
+        "peft",
+        f"Who loads the adapter: {', '.join(TARGETS)}. peft takes all that changed, the others the linear layers of "
+        "the blocks at one rank.",
+    )
+    extras: str = option(
+        "none",
+        f"What else goes in: {', '.join(EXTRAS)}. bias: changes of biases; all: also norms and whatever else PEFT can "
+        "store whole. Both need the target peft.",
+    )
+    rslora: bool = option(False, "Write α = √r, for loaders that scale by α/√r; the scale is 1 either way.")
+    split_fused: bool = option(
+        False, "Factorise the parts of a fused matrix one by one; the rank of the module is their sum."
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
@@ -111,27 +106,18 @@ class FormOptions:
             raise OptionError(message)
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """What ``extract`` writes.
-
-    Parameters
-    ----------
-    ranks : RankOptions
-    form : FormOptions
-    analysis : AnalyzeOptions
-        device, include, exclude, vocab, workers and memory are used.
-    calibration : str
-        File of second moments written by ``calibrate``; "" minimises ‖ΔW - BA‖ itself.
-    run : str
-        Run directory of ``analyze`` that a budget takes its spectra from; "" computes them first.
-    """
+    """What ``extract`` writes."""
 
     ranks: RankOptions = field(default_factory=RankOptions)
     form: FormOptions = field(default_factory=FormOptions)
     analysis: AnalyzeOptions = field(default_factory=AnalyzeOptions)
-    calibration: str = ""
-    run: str = ""
+    calibration: str = option("", "Minimise the error on these inputs: a file that calibrate wrote.", metavar="MOMENTS")
+    run: str = option(
+        "", "Budgets take their spectra from this run of analyze, instead of computing them first.", metavar="RUN"
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that exclude each other."""
@@ -149,17 +135,14 @@ class ExtractOptions:
         return {"ranks": ranks, "form": asdict(self.form), "vocab": self.analysis.vocab}
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """How a merged checkpoint is written.
+    """How a merged checkpoint is written."""
 
-    Parameters
-    ----------
-    dtype : str
-        Of every float tensor: bf16, fp16, fp32, or auto: each as the base stores it.
-    """
-
-    dtype: str = "auto"
+    dtype: str = option(
+        "auto", f"Number format of every float tensor: {', '.join(DTYPES)}. auto: as the base stores each."
+    )
 
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not."""

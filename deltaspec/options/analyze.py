@@ -7,45 +7,46 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deltaspec.errors import OptionError
+from deltaspec.options.option import documented, option
 
 SPECTRA = ("delta", "base", "tuned")
 VOCABULARIES = ("strict", "common")
+ONE_DEVICE = "Where to compute: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:1."
+INCLUDE = "Only tensors in whose name this regular expression is found; empty takes all."
+EXCLUDE = "No tensors in whose name this regular expression is found; empty leaves none out."
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?(,cuda:\d+)*")
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class AnalyzeOptions:
-    """What ``analyze`` computes and where.
+    """What ``analyze`` computes, and where."""
 
-    Parameters
-    ----------
-    device : str
-        ``auto`` (every CUDA device, else the CPU), ``cpu``, ``cuda``, or a list such as ``cuda:0,cuda:1``.
-    include, exclude : str
-        Regular expressions searched in tensor names; empty includes everything, excludes nothing.
-    spectra : tuple of str
-        Which matrices are decomposed: any of delta, base, tuned.
-    vectors : int
-        How many top singular triplets to keep beside the values.
-    exact : bool
-        QR and an fp64 SVD instead of the Gram matrix: slower, accurate to eps·σ₁ for the smallest values too.
-    vocab : str
-        ``strict`` refuses embeddings whose row counts differ; ``common`` compares the rows that both have.
-    workers : int
-        Matrices in flight on the CPU; 0 takes the number of usable cores.
-    memory : int
-        Bytes that matrices in flight may take together; 0 takes 4 × the largest matrix in float64 + 48 MB.
-    """
-
-    device: str = "auto"
-    include: str = ""
-    exclude: str = ""
-    spectra: tuple[str, ...] = ("delta",)
-    vectors: int = 0
-    exact: bool = False
-    vocab: str = "strict"
-    workers: int = 0
-    memory: int = 0
+    device: str = option(
+        "auto", "Where to compute: auto (every CUDA device, else the CPU), cpu, cuda, or a list: cuda:0,cuda:1."
+    )
+    include: str = option("", INCLUDE, metavar="REGEX")
+    exclude: str = option("", EXCLUDE, metavar="REGEX")
+    spectra: tuple[str, ...] = option(
+        ("delta",), "Which matrices to decompose: some of delta (the change), base and tuned.", metavar="X[,X…]"
+    )
+    vectors: int = option(0, "Keep so many singular vectors of either side too, beside all values.", metavar="K")
+    exact: bool = option(
+        False,
+        "Decompose by QR and a float64 SVD instead of the Gram matrix: slower, and right for singular values below a "
+        "millionth of the largest too.",
+    )
+    vocab: str = option(
+        "strict",
+        "What to do where vocabularies differ in size: strict refuses the embeddings, common compares the rows that "
+        "both have.",
+    )
+    workers: int = option(0, "Matrices in flight at once on the CPU; 0: one for each core.")
+    memory: int = option(
+        0,
+        "Memory that matrices in flight may take together; 0: enough for the largest matrix, several times over.",
+        metavar="BYTES",
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""

@@ -5,30 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltaspec.errors import OptionError
-from deltaspec.options.analyze import AnalyzeOptions
+from deltaspec.options.analyze import EXCLUDE, INCLUDE, ONE_DEVICE, AnalyzeOptions
+from deltaspec.options.option import documented, option
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
-    """What ``compare`` measures.
+    """What ``compare`` measures."""
 
-    Parameters
-    ----------
-    directions : int
-        Top singular vectors of each ΔW that are compared with full fine-tuning's, and with the base.
-    intruders : bool
-        Count intruder dimensions: three decompositions of each matrix more.
-    include, exclude : str
-        Regular expressions searched in the base's tensor names.
-    device : str
-        ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
-    """
-
-    directions: int = 8
-    intruders: bool = True
-    include: str = ""
-    exclude: str = ""
-    device: str = "auto"
+    directions: int = option(
+        8, "Top singular vectors of each ΔW that are compared with those of full fine-tuning, and with the base."
+    )
+    intruders: bool = option(True, "Count intruder dimensions: three decompositions of each matrix more.")
+    include: str = option("", INCLUDE, metavar="REGEX")
+    exclude: str = option("", EXCLUDE, metavar="REGEX")
+    device: str = option("auto", ONE_DEVICE)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""

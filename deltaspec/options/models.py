@@ -7,33 +7,24 @@ from typing import Any
 
 from deltaspec.errors import OptionError
 from deltaspec.options.adapters import DTYPES
-from deltaspec.options.analyze import DEVICE, AnalyzeOptions
+from deltaspec.options.analyze import DEVICE, EXCLUDE, INCLUDE, ONE_DEVICE, AnalyzeOptions
+from deltaspec.options.option import documented, option
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class TextOptions:
-    """Which text a model reads, and how.
+    """Which text a model reads, and how."""
 
-    Parameters
-    ----------
-    field : str
-        The key of a .jsonl file, or the column of a .csv or .tsv file: a name of its first line, or a number from 1
-        where the file has no such line.
-    tokens : int
-        At most so many tokens are read, from the beginning of the file.
-    length : int
-        Tokens of one sequence, at most as many as the model takes.
-    batch : int
-        Sequences of full length at once; of shorter ones as many as have the same number of tokens.
-    device : str
-        ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``.
-    """
-
-    field: str = "text"
-    tokens: int = 131072
-    length: int = 512
-    batch: int = 4
-    device: str = "auto"
+    field: str = option(
+        "text",
+        "Where the text is: the key of a .jsonl file, or the column of a .csv or .tsv file, by name, or by number "
+        "from 1 in a file without a line of names.",
+    )
+    tokens: int = option(131072, "At most so many tokens are read, from the beginning of the file.")
+    length: int = option(512, "Tokens of one sequence, at most as many as the model takes.")
+    batch: int = option(4, "Sequences of full length at once; shorter ones as many as have the same number of tokens.")
+    device: str = option("auto", ONE_DEVICE)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
@@ -46,27 +37,23 @@ class TextOptions:
                 raise OptionError(message)
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """What ``calibrate`` measures.
-
-    Parameters
-    ----------
-    text : TextOptions
-    include, exclude : str
-        Regular expressions searched in the checkpoint's tensor names; empty includes everything, excludes nothing.
-    dtype : str
-        The model computes in bf16, fp16 or fp32; ``auto`` is the dtype it is stored in, but fp32 for fp16 on the CPU.
-    memory : int
-        Bytes of second moments (8·d_in² for each layer) held at once; the text is read once more for each group of
-        layers that fits. Decides how long it takes, not what is written.
-    """
+    """What ``calibrate`` measures."""
 
     text: TextOptions = field(default_factory=TextOptions)
-    include: str = ""
-    exclude: str = ""
-    dtype: str = "auto"
-    memory: int = 4 << 30
+    include: str = option("", INCLUDE, metavar="REGEX")
+    exclude: str = option("", EXCLUDE, metavar="REGEX")
+    dtype: str = option(
+        "auto", "What the model computes in: bf16, fp16, fp32, or auto: as it is stored, but fp32 for fp16 on the CPU."
+    )
+    memory: int = option(
+        4 << 30,
+        "Moments (8·d_in² bytes for each layer) held at once; the text is read again for each group of layers that "
+        "fits. Decides how long it takes, not what is written.",
+        metavar="BYTES",
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""

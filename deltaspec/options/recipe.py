@@ -6,28 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deltaspec.options.option import documented, option
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 
 OptionValue = str | int | float | bool
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class DataSources:
-    """Where examples are read: each a csv, tsv, json, jsonl, txt or parquet file, or a data set of the hub.
+    """Where examples are read: each a csv, tsv, json, jsonl, txt or parquet file, or a data set of the hub."""
 
-    Parameters
-    ----------
-    train : str or Path
-        What is learned from.
-    held : str or Path, optional
-        What it is evaluated on; without it a share of ``train`` is held out.
-    forget : str or Path, optional
-        Other data, on which is measured what is lost.
-    """
-
-    train: str | Path
-    held: str | Path | None = None
-    forget: str | Path | None = None
+    train: str | Path = field(metadata={"about": "What is learned from."})
+    held: str | Path | None = option(
+        None, "What the model is evaluated on; without it a share of the training data is held out."
+    )
+    forget: str | Path | None = option(None, "Other data, on which is measured what the model loses.")
 
     def to_dict(self) -> dict[str, str | None]:
         """Return them as train.json holds them."""
@@ -35,30 +29,10 @@ class DataSources:
         return {"train": str(self.train), "held": held, "forget": forget}
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How to train; everything but ``sources`` has a default.
-
-    Parameters
-    ----------
-    sources : DataSources, optional
-        Needed to train, not to count.
-    method : str
-        A name in METHODS.
-    method_options : mapping of str to value
-        Fields of the method's options; those left out keep their defaults.
-    targets : TargetOptions
-        Which matrices it changes; the method's own by default.
-    data : DataOptions
-        How examples are read.
-    forget_data : DataOptions, optional
-        How those of ``sources.forget`` are read; like the others by default.
-    loop : LoopOptions
-        Steps, batches and learning rate.
-    rates : sequence of float
-        Learning rates to train with one after another, instead of ``loop.lr``.
-    run : RunOptions
-        Where it runs, and what it leaves behind.
 
     Examples
     --------
@@ -67,12 +41,17 @@ class Recipe:
     (0.0001, 'classification')
     """
 
-    sources: DataSources | None = None
-    method: str = "lora"
-    method_options: Mapping[str, OptionValue] = field(default_factory=dict)
-    targets: TargetOptions = field(default_factory=TargetOptions)
-    data: DataOptions = field(default_factory=DataOptions)
-    forget_data: DataOptions | None = None
-    loop: LoopOptions = field(default_factory=LoopOptions)
-    rates: Sequence[float] = ()
-    run: RunOptions = field(default_factory=RunOptions)
+    sources: DataSources | None = option(None, "Needed to train, not to count.")
+    method: str = option("lora", "A name in METHODS.")
+    method_options: Mapping[str, OptionValue] = field(
+        default_factory=dict,
+        metadata={"about": "Fields of the method's options; those that are left out keep their defaults."},
+    )
+    targets: TargetOptions = field(default_factory=TargetOptions, metadata={"about": "Which matrices it changes."})
+    data: DataOptions = field(default_factory=DataOptions, metadata={"about": "How examples are read."})
+    forget_data: DataOptions | None = option(
+        None, "How the examples of sources.forget are read; like the others by default."
+    )
+    loop: LoopOptions = field(default_factory=LoopOptions, metadata={"about": "Steps, batches and learning rate."})
+    rates: Sequence[float] = option((), "Learning rates to train with one after another, instead of loop.lr.")
+    run: RunOptions = field(default_factory=RunOptions, metadata={"about": "Where it runs, and what it leaves behind."})

@@ -8,33 +8,38 @@ from dataclasses import dataclass
 
 from deltaspec.errors import OptionError
 from deltaspec.options.analyze import DEVICE
+from deltaspec.options.option import documented, option
 
 TASKS = ("classification", "causal-lm")
 SCHEDULES = ("constant", "linear", "cosine")
 PRECISIONS = ("no", "bf16", "fp16")
 SAVED = ("adapter", "full")
+SEED = "Seed of new parameters, of the order of examples, of dropout, and of the part that is held out."
 DEPTHS = re.compile(r"-?[0-9]+(?::-?[0-9]*|-[0-9]+)?|:-?[0-9]+")
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class TargetOptions:
-    """Which matrices a method changes.
+    """Which matrices a method changes."""
 
-    Parameters
-    ----------
-    targets : str
-        ``all`` (every linear layer of the blocks), ``attention``, ``mlp``, or a comma-separated list of these, of
-        roles (q_proj, v_proj, embed, lm_head, …) and of module names (query, c_attn); else a regular expression that
-        matches module paths whole. Empty takes the method's own.
-    depths : str
-        Blocks by index: ``0-5,11``, negative from the end (``-4:`` are the last four); empty takes all.
-    split : bool
-        Parts of fused matrices (c_attn, qkv_proj, gate_up_proj) one by one, even where all are meant.
-    """
-
-    targets: str = ""
-    depths: str = ""
-    split: bool = False
+    targets: str = option(
+        "",
+        "Which matrices are changed: all (every linear layer of the blocks), attention, mlp, or a list by commas of "
+        "these, of roles (q_proj, embed) and of module names (query, c_attn); or a regular expression that matches "
+        "whole module paths. Empty takes the method's own.",
+        metavar="WHICH",
+    )
+    depths: str = option(
+        "",
+        "Only these blocks, by index from 0, both ends included: 0-5,11; negative counts from the end: -4: are the "
+        "last four.",
+        metavar="WHICH",
+    )
+    split: bool = option(
+        False,
+        "Adapt the parts of fused matrices (c_attn, qkv_proj, gate_up_proj) one by one, even where all are meant.",
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be read."""
@@ -44,40 +49,29 @@ class TargetOptions:
                 raise OptionError(message)
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class DataOptions:
-    """How examples are read from a file.
+    """How examples are read from a file."""
 
-    Parameters
-    ----------
-    task : str
-        ``classification`` of texts, or ``causal-lm``: to predict each next token.
-    text : str
-        The field of the text: a key of .jsonl, a column of .csv or .tsv by name, or by number from 1 where the file
-        has no line of names; or a template of several, such as ``{question} {answer}``.
-    label : str
-        The field of the class, likewise; or a comparison of a number, such as ``2>0`` or ``score>=3``, whose classes
-        are false and true. Classification only.
-    length : int
-        Tokens of an example at most; 0 takes as many as the model does.
-    holdout : float
-        Share of the examples that is held out for evaluation, drawn by ``seed``, where no file is given for it.
-    limit : int
-        At most so many examples of each file, drawn by ``seed``; 0 takes all.
-    cut : bool
-        Cut texts that are longer than ``length``, rather than refuse them.
-    seed : int
-        Of the held-out part.
-    """
-
-    task: str = "classification"
-    text: str = "text"
-    label: str = "label"
-    length: int = 0
-    holdout: float = 0.1
-    limit: int = 0
-    cut: bool = False
-    seed: int = 0
+    task: str = option("classification", f"What is learned: {', '.join(TASKS)} (to predict each next token).")
+    text: str = option(
+        "text",
+        "The column of the text (a key of .jsonl), by name, or by number from 1 in a file without a line of names; or "
+        "a template of several: '{question} {answer}'.",
+    )
+    label: str = option(
+        "label",
+        "The column of the class, likewise; or a comparison with a number, such as 2>0 or score>=3, whose classes are "
+        "false and true. For classification only.",
+    )
+    length: int = option(0, "Tokens of an example at most; 0: as many as the model takes.")
+    holdout: float = option(
+        0.1, "Share of the examples that is held out for evaluation, where no file is given for it."
+    )
+    limit: int = option(0, "At most so many examples of each file, drawn by the seed; 0: all.")
+    cut: bool = option(False, "Cut texts that are longer than the length, rather than refuse them.")
+    seed: int = option(0, SEED)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
@@ -89,44 +83,21 @@ class DataOptions:
             raise OptionError(message)
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
-    """How a model is trained.
+    """How a model is trained."""
 
-    Parameters
-    ----------
-    lr : float
-        The highest learning rate; a method may multiply it for some of its parameters.
-    epochs : int
-        Passes over the examples.
-    steps : int
-        Updates of the weights, instead of epochs; 0 leaves it to them.
-    batch : int
-        Examples that go through the model at once, in each process.
-    accumulate : int
-        Batches whose gradients make one step; the loss is a mean over all of them.
-    warmup : float
-        The rate rises from 0 over so many steps; below 1, over this share of all steps.
-    schedule : str
-        After it: ``constant``, ``linear`` to 0, or ``cosine`` to 0.
-    weight_decay : float
-        AdamW's; none on biases and norms.
-    clip : float
-        Largest norm of all gradients together; 0 leaves them.
-    seed : int
-        Of new parameters, the order of examples and dropout.
-    """
-
-    lr: float = 1e-4
-    epochs: int = 3
-    steps: int = 0
-    batch: int = 8
-    accumulate: int = 1
-    warmup: float = 0.06
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
+    lr: float = option(1e-4, "The highest learning rate; a method may multiply it for some of its parameters.")
+    epochs: int = option(3, "Passes over the examples.")
+    steps: int = option(0, "Updates of the weights, instead of epochs; 0 leaves it to them.")
+    batch: int = option(8, "Examples that go through the model at once, in each process.")
+    accumulate: int = option(1, "Batches whose gradients make one step; the loss is a mean over all of them.")
+    warmup: float = option(0.06, "Steps over which the learning rate rises from 0; below 1, their share of all steps.")
+    schedule: str = option("linear", f"What the rate does afterwards: {', '.join(SCHEDULES)}; the last two end at 0.")
+    weight_decay: float = option(0.0, "Weight decay of AdamW; biases and norms have none.")
+    clip: float = option(1.0, "Largest norm of all gradients together; 0 leaves them as they are.")
+    seed: int = option(0, SEED)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
@@ -140,35 +111,34 @@ class LoopOptions:
             _check_range(name, getattr(self, name), least=0)
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Where a training runs, and what it leaves behind.
+    """Where a training runs, and what it leaves behind."""
 
-    Parameters
-    ----------
-    device : str
-        ``auto`` (the first CUDA device, or the one that ``accelerate launch`` gives; else the CPU), ``cpu``, ``cuda``
-        or ``cuda:1``.
-    precision : str
-        ``no`` computes in the dtype that weights are held in; ``bf16`` and ``fp16`` compute in these where it is
-        safe. What is trained stays in float32.
-    gradient_checkpointing : bool
-        Compute activations again in the backward pass: less memory, a third more time.
-    checkpoint_every : int
-        Steps between checkpoints, from which a stopped training goes on; 0 leaves only the end.
-    evaluate_every : int
-        Steps between evaluations; 0 leaves the beginning and the end.
-    save : str
-        ``adapter``, or ``full``: checkpoints with the adapter merged in. Methods that train the base always save it,
-        whole and in float32 as merged ones are: in the bfloat16 of a base, small changes would be rounded away.
-    """
-
-    device: str = "auto"
-    precision: str = "no"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = 500
-    evaluate_every: int = 0
-    save: str = "adapter"
+    device: str = option(
+        "auto",
+        "Where to train: auto (the first CUDA device, or the one that accelerate launch gives; else the CPU), cpu, "
+        "cuda or cuda:1.",
+    )
+    precision: str = option(
+        "no",
+        f"Mixed precision: {', '.join(PRECISIONS)}. no computes in the dtype that weights are held in, the others "
+        "where that is safe; what is trained stays in float32.",
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, a third more time."
+    )
+    checkpoint_every: int = option(
+        500, "Steps between checkpoints, from which a stopped training goes on; 0 leaves only the end."
+    )
+    evaluate_every: int = option(0, "Steps between evaluations; 0: at the beginning and at the end.")
+    save: str = option(
+        "adapter",
+        f"What is kept: {', '.join(SAVED)} (whole checkpoints with the adapter merged in). Methods that train the base "
+        "always save it whole. Whole checkpoints are float32: in the bfloat16 of a base, small changes would be "
+        "rounded away.",
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from deltaspec.types.versions import numbers_of
+
 RUN = ("base", "tuned", "options", "deltaspec")
 TRAJECTORY = ("base", "options", "deltaspec")
 
@@ -28,6 +30,8 @@ def differences(
     """
     for name in names:
         before, after = old.get(name), new.get(name)
+        if name == "deltaspec" and numbers_of(str(before)) == numbers_of(str(after)):
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             inner = sorted({*before, *after} - {"ref", "revision"})
             yield from differences(before, after, inner, f"{prefix}{name}.")

@@ -9,7 +9,7 @@ from gpu.timing import Bench, Work
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from deltaspec.linalg.certificate import Streamed
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.svd import decompose
 from deltaspec.linalg.truncated import _by_iteration, _by_reduction
 from deltaspec.types import Truncation

@@ -9,8 +9,12 @@ import re
 import resource
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -18,12 +22,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from deltaspec.cli.help import help as help_command
 from deltaspec.cli.main import COMMANDS, cli
 from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.metrics import METRICS
 from tests.families import FAMILIES, random_state, write
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = FAMILIES["llama"]
 
 
@@ -220,7 +225,8 @@ def test_help_loads_no_torch_and_is_quick():
     """Start-up is at most 0.3 s of CPU; the best of three, for a busy machine slows the others."""
     code = (
         "import sys; from deltaspec.cli.main import cli\n"
-        "try: cli(['--help'])\nexcept SystemExit: pass\n"
+        "for words in (['--help'], ['help', 'numbers']):\n"
+        "    try: cli(words)\n    except SystemExit: pass\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules)"
     )
     best = 9.0
@@ -234,9 +240,56 @@ def test_help_loads_no_torch_and_is_quick():
     assert best < 0.3
 
 
-def test_every_command_is_in_the_readme_with_an_example():
-    text = README.read_text()
-    assert all(f"deltaspec {name} " in text for name in COMMANDS)
+def test_every_command_names_its_page_of_the_manual():
+    for name in COMMANDS:
+        said = call(name, "--help").output
+        page = re.search(r"^Manual: deltaspec help (\S+)$", said.replace("\n  ", "\n").strip(), re.MULTILINE)
+        assert name == "help" or (page and call("help", page[1]).exit_code == 0), said
+
+
+def test_help_shows_a_page_and_lists_them():
+    listed = call("help").output
+    for topic in (
+        "numbers",
+        "adapters",
+        "training",
+        "formats",
+        "servers",
+        "cost",
+        "errors",
+        "architecture",
+        "glossary",
+    ):
+        assert re.search(rf"^{topic} +\S", listed, re.MULTILINE)
+        page = files("deltaspec") / "manual" / f"{topic}.md"
+        assert call("help", topic).output == page.read_text(encoding="utf-8")
+
+
+def test_help_on_a_terminal_goes_through_the_pager(monkeypatch):
+    shown = []
+    monkeypatch.setattr("deltaspec.cli.help.sys.stdout", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("click.echo_via_pager", shown.append)
+    help_command.callback("glossary")
+    assert shown[0].startswith("# Glossary")
+
+
+def test_an_unknown_topic_is_one_sentence_with_the_list():
+    result = call("help", "nothing")
+    assert result.exit_code == 2
+    assert "no page 'nothing'" in result.stderr and "numbers" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_one_version_everywhere():
+    """Project, newest release of the changelog, and citation; the command says that of what is installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    releases = re.findall(
+        r"^## (\d[\d.]*) - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert releases[0][0] == project
+    assert f"\nversion: {project}\n" in citation and f'\ndate-released: "{releases[0][1]}"\n' in citation
+    assert call("--version").output.strip() == f"cli, version {version('deltaspec')}"
 
 
 def test_the_command_line_takes_its_defaults_from_the_options():

@@ -7,11 +7,11 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from click.testing import CliRunner
 
-from deltaspec.cli.compare import DEFAULT
 from deltaspec.cli.compare import compare as command
 from deltaspec.cli.compare_table import HEADS
 from deltaspec.cli.main import cli
@@ -50,7 +50,8 @@ def call(root):
 
 def test_flags_are_the_options_with_their_defaults():
     flags = command.make_context("compare", ["out"]).params
-    assert {name: flags[name] for name in DEFAULT} == {name: getattr(CompareOptions(), name) for name in DEFAULT}
+    defaults = asdict(CompareOptions())
+    assert {name: flags[name] for name in defaults} == defaults
 
 
 def test_a_table_and_the_figures(call, root, tmp_path):

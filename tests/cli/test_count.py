@@ -16,6 +16,7 @@ from deltaspec.cli.main import cli
 from deltaspec.cli.methods import HELP, METHODS, parse_method
 from deltaspec.errors import OptionError
 from deltaspec.options import training
+from deltaspec.options.methods import METHOD_OPTIONS
 from deltaspec.training import methods
 
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
@@ -41,6 +42,7 @@ def test_flags_are_the_methods_own_options():
         for name, method in methods.METHODS.items()
     }
     assert own == METHODS
+    assert {name: method.options for name, method in methods.METHODS.items()} == METHOD_OPTIONS
     assert set(HELP) == {name for known in METHODS.values() for name in known}
 
 

@@ -13,6 +13,7 @@ from deltaspec.extraction import whiten
 from deltaspec.extraction.factor_errors import optimum
 from deltaspec.extraction.factors import cast_factors
 from deltaspec.extraction.whiten import balance_weighted, factor_moments, truncate_weighted, weigh, weighted_errors
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate
 from tests.extraction.test_factors import CPU, matrix_of, pieces
 
@@ -95,7 +96,7 @@ def test_fewer_inputs_than_the_rank_are_served_exactly(shape):
 def test_alike_inputs_or_none_at_all_give_the_plain_truncation(shape, scale):
     matrix = matrix_of(shape)
     moments = scale * torch.eye(shape[1], dtype=torch.float64)
-    plain = truncate(pieces(matrix), shape, device=CPU, rank=4)
+    plain = truncate(Streamed(pieces(matrix), shape, CPU), rank=4)
     best = (plain.left * plain.singular_values) @ plain.right.mT
     found = solve(matrix, moments, 4)
     assert np.allclose(product(found, 4), best.numpy(), atol=1e-6 * float(plain.singular_values[0]))

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 AGAIN = """
 import sys
 from deltaspec.store.run import Run
-from deltaspec.workflows.plot import plot
+from deltaspec.workflows.analysis.write_figures import plot
 plot(Run.load(sys.argv[1]))
 """
 

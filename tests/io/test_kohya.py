@@ -130,7 +130,7 @@ def test_the_full_path_goes_before_the_end_of_another(tmp_path):
     state = {"layer.q.weight": torch.ones(4, 4), "other.layer.q.weight": torch.ones(4, 4)}
     base = write(tmp_path / "base", state, {})
     style = file(tmp_path / "style.safetensors", module("lora_unet_", "layer.q", torch.ones(4, 4)))
-    assert [row["tensor"] for row in merge(base, [style], tmp_path / "out").rows] == ["layer.q.weight"]
+    assert [row.key.tensor for row in merge(base, [style], tmp_path / "out").rows] == ["layer.q.weight"]
 
 
 def test_two_of_them_are_compared_by_their_flattened_names(tmp_path):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltaspec.linalg.certificate import Streamed, certify
+from deltaspec.linalg.certificate import Subspace, certify
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.types import Spectrum
 from tests.linalg.test_svd import in_blocks
 
@@ -32,7 +33,7 @@ def diagonal(shape, values):
 def certified(matrix, basis, *, next_value, spectrum=None):
     streamed = Streamed(in_blocks(matrix, 3), tuple(matrix.shape), torch.device("cpu"))
     energy = float(matrix.square().sum())
-    return certify(streamed, basis, next_value=next_value, energy=energy, method="test", spectrum=spectrum)
+    return certify(streamed, Subspace(basis, next_value), energy=energy, method="test", spectrum=spectrum)
 
 
 def estimate(values, angle):

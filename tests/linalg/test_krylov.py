@@ -10,6 +10,7 @@ import torch
 
 from deltaspec.linalg import krylov
 from deltaspec.linalg.krylov import promised_energy, top_subspace
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate
 from tests.linalg.test_svd import in_blocks, with_spectrum
 from tests.linalg.test_truncated import SPECTRA
@@ -57,7 +58,7 @@ def test_a_direction_that_the_start_does_not_see_is_found(top):
     rest -= torch.outer(unseen, unseen @ rest)
     direction = torch.linalg.svd(rest).Vh[-1]
     matrix = rest - torch.outer(rest @ direction, direction) + top * torch.outer(unseen, direction)
-    found = truncate(in_blocks(matrix), (long, side), device=torch.device("cpu"), rank=rank, seed=3)
+    found = truncate(Streamed(in_blocks(matrix), (long, side), torch.device("cpu")), rank=rank, seed=3)
     assert found.method == "krylov32"
     assert float((found.singular_values - top).abs().min()) < 1e-4
     exact = np.linalg.svd(matrix.numpy(), compute_uv=False)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deltaspec.errors import NumericalError
 from deltaspec.linalg import routes, truncated
 from deltaspec.linalg.openblas import find_openblas
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate, truncate_product
 from tests.linalg.test_svd import in_blocks, with_spectrum
 
@@ -71,7 +72,7 @@ def check(matrix, found, rank):
 def test_every_spectrum_is_cut_at_its_optimum(shape, spectrum, rank):
     matrix = with_spectrum(shape, SPECTRA[spectrum](min(shape)))
     rank = RANKS[rank](min(shape))
-    check(matrix, truncate(in_blocks(matrix), shape, device=CPU, rank=rank), rank)
+    check(matrix, truncate(Streamed(in_blocks(matrix), shape, CPU), rank=rank), rank)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -86,7 +87,7 @@ def test_a_policy_sees_all_values_and_the_excess_is_exact(spectrum, large, monke
         seen.append(values)
         return 7
 
-    found = truncate(in_blocks(matrix), (400, 320), device=CPU, rank=seven)
+    found = truncate(Streamed(in_blocks(matrix), (400, 320), CPU), rank=seven)
     check(matrix, found, 7)
     exact = np.linalg.svd(matrix.numpy(), compute_uv=False)
     assert all(np.allclose(values.numpy(), exact, atol=1e-6 * exact[0]) for values in seen)
@@ -99,7 +100,7 @@ def test_a_policy_sees_all_values_and_the_excess_is_exact(spectrum, large, monke
 def test_small_shapes_at_every_rank(shape):
     matrix = torch.from_numpy(np.random.default_rng(0).standard_normal(shape))
     for rank in {0, 1, min(shape) // 2, min(shape), min(shape) + 3}:
-        found = truncate(in_blocks(matrix), shape, device=CPU, rank=rank)
+        found = truncate(Streamed(in_blocks(matrix), shape, CPU), rank=rank)
         if rank:
             check(matrix, found, min(rank, min(shape)))
         else:
@@ -119,7 +120,7 @@ ROUTES_TAKEN = {
 @pytest.mark.parametrize("route", ROUTES_TAKEN)
 def test_each_route_is_taken_where_it_should_be(route):
     matrix = with_spectrum((300, 280), SPECTRA["power law"](280))
-    found = truncate(in_blocks(matrix), (300, 280), device=CPU, **ROUTES_TAKEN[route])
+    found = truncate(Streamed(in_blocks(matrix), (300, 280), CPU), **ROUTES_TAKEN[route])
     assert found.method == route.split(",")[0]
     assert (found.values is None) == (route == "krylov32")
 
@@ -127,7 +128,7 @@ def test_each_route_is_taken_where_it_should_be(route):
 def test_the_first_value_left_out_is_what_the_estimate_reckons_with():
     """A tail too small to be known from the Gram matrix: taking the last value kept for the next would leave no gap."""
     matrix = with_spectrum((90, 60), np.r_[np.geomspace(1, 1e-3, 20), np.full(40, 1e-8)])
-    found = truncate(in_blocks(matrix), (90, 60), device=CPU, rank=20)
+    found = truncate(Streamed(in_blocks(matrix), (90, 60), CPU), rank=20)
     check(matrix, found, 20)
     assert found.method == "gram64+onestage"
     assert found.excess < 1e-9
@@ -140,7 +141,7 @@ def test_values_that_drown_are_neither_kept_nor_missed(shape, rank):
     matrix = torch.zeros(shape, dtype=torch.float64)
     matrix.diagonal()[:31] = 0.9 * 100 * 2.0**-52
     matrix[0, 0] = 1.0
-    found = truncate(in_blocks(matrix), shape, device=CPU, rank=rank)
+    found = truncate(Streamed(in_blocks(matrix), shape, CPU), rank=rank)
     check(matrix, found, 1)
     assert found.method == "qr+svd64"
     assert found.residual == pytest.approx(30 * (0.9 * 100 * 2.0**-52) ** 2, rel=1e-6, abs=0)
@@ -150,7 +151,7 @@ def test_values_that_drown_are_neither_kept_nor_missed(shape, rank):
 def test_without_openblas_torch_serves(rank, monkeypatch):
     monkeypatch.setattr(routes, "find_openblas", lambda: None)
     matrix = with_spectrum((100, 90), SPECTRA["power law"](90))
-    found = truncate(in_blocks(matrix), (100, 90), device=CPU, rank=rank)
+    found = truncate(Streamed(in_blocks(matrix), (100, 90), CPU), rank=rank)
     assert found.method == "gram64+eigh"
     check(matrix, found, rank)
 
@@ -159,19 +160,19 @@ def test_without_openblas_torch_serves(rank, monkeypatch):
 @pytest.mark.parametrize("rank", [6, 60])
 def test_scale_does_not_matter(exponent, rank):
     matrix = with_spectrum((320, 300), SPECTRA["spikes above noise"](300)) * 10.0**exponent
-    check(matrix, truncate(in_blocks(matrix), (320, 300), device=CPU, rank=rank), rank)
+    check(matrix, truncate(Streamed(in_blocks(matrix), (320, 300), CPU), rank=rank), rank)
 
 
 @pytest.mark.parametrize("rank", [6, 60, lambda values: 6])
 def test_block_sizes_do_not_matter_and_a_seed_decides(rank):
     matrix = with_spectrum((500, 320), SPECTRA["spikes above noise"](320))
-    runs = [truncate(in_blocks(matrix, step), (500, 320), device=CPU, rank=rank) for step in (500, 500, 77, 1)]
+    runs = [truncate(Streamed(in_blocks(matrix, step), (500, 320), CPU), rank=rank) for step in (500, 500, 77, 1)]
     assert torch.equal(runs[0].left, runs[1].left)
     assert torch.equal(runs[0].right, runs[1].right)
     for run in runs[2:]:
         assert torch.allclose(run.singular_values, runs[0].singular_values, rtol=1e-9)
         assert torch.allclose(run.left, runs[0].left, atol=1e-5)
-    other = truncate(in_blocks(matrix), (500, 320), device=CPU, rank=rank, seed=1)
+    other = truncate(Streamed(in_blocks(matrix), (500, 320), CPU), rank=rank, seed=1)
     promised = 2 * max(other.excess, runs[0].excess) * other.residual  # energy that either may miss
     gained = (other.singular_values.square() - runs[0].singular_values.square()).abs().sum()
     assert 0 < float(gained) <= promised + 1e-12 * other.energy
@@ -185,7 +186,7 @@ def test_a_basis_that_is_no_good_is_refused(wrong, monkeypatch):
     basis = vectors[:6].clone()
     basis[5] = vectors[6] if wrong.startswith("another") else 0.98 * vectors[5] + math.sqrt(1 - 0.98**2) * vectors[7]
     monkeypatch.setattr(truncated, "top_subspace", lambda *_, **__: (basis, 1 / 49 + 1e-3))
-    found = truncate(in_blocks(matrix), (320, 300), device=CPU, rank=6)
+    found = truncate(Streamed(in_blocks(matrix), (320, 300), CPU), rank=6)
     assert found.method == "gram64+onestage"
     check(matrix, found, 6)
 
@@ -196,23 +197,23 @@ def test_non_finite_values_are_refused(bad, rank):
     matrix = torch.ones(300, 280, dtype=torch.float64)
     matrix[299, 2] = bad
     with pytest.raises(NumericalError, match="NaN or infinity"):
-        truncate(in_blocks(matrix), (300, 280), device=CPU, rank=rank)
+        truncate(Streamed(in_blocks(matrix), (300, 280), CPU), rank=rank)
 
 
 @pytest.mark.parametrize("rank", [0, 4, 100, lambda values: 4])
 def test_a_zero_matrix_has_rank_zero(rank):
-    found = truncate(in_blocks(torch.zeros(300, 280, dtype=torch.float64)), (300, 280), device=CPU, rank=rank)
+    found = truncate(Streamed(in_blocks(torch.zeros(300, 280, dtype=torch.float64)), (300, 280), CPU), rank=rank)
     assert (found.method, found.energy, found.residual, found.excess) == ("zero", 0.0, 0.0, 0.0)
     assert (found.left.shape, found.right.shape) == ((300, 0), (280, 0))
 
 
 def test_an_empty_matrix_has_rank_zero():
-    assert truncate(lambda: iter(()), (0, 7), device=CPU, rank=4).left.shape == (0, 0)
+    assert truncate(Streamed(lambda: iter(()), (0, 7), CPU), rank=4).left.shape == (0, 0)
 
 
 def test_a_policy_may_choose_nothing():
     matrix = with_spectrum((300, 280), SPECTRA["flat"](280))
-    found = truncate(in_blocks(matrix), (300, 280), device=CPU, rank=lambda values: 0)
+    found = truncate(Streamed(in_blocks(matrix), (300, 280), CPU), rank=lambda values: 0)
     assert found.left.shape == (300, 0)
     assert len(found.values) == 280
     assert found.residual == found.energy > 0
@@ -269,7 +270,7 @@ def test_each_device_iterates_for_few_directions_only(device, most, monkeypatch)
     monkeypatch.setattr(truncated, "_by_iteration", lambda *_, **__: "iteration")
     monkeypatch.setattr(truncated, "_by_reduction", lambda *_: "reduction")
     for rank, way in ((most, "iteration"), (most + 1, "reduction")):
-        assert truncate(lambda: iter(()), (900, 640), device=torch.device(device), rank=rank) == way
+        assert truncate(Streamed(lambda: iter(()), (900, 640), torch.device(device)), rank=rank) == way
 
 
 @pytest.mark.gpu
@@ -281,6 +282,6 @@ def test_the_gpu_cuts_at_the_same_place(spectrum, rank):
     for shape in ((320, 320), (300, 700)):
         matrix = with_spectrum(shape, SPECTRA[spectrum](min(shape)))
         device = torch.device("cuda")
-        found = truncate(in_blocks(matrix.to(device)), shape, device=device, rank=rank)
+        found = truncate(Streamed(in_blocks(matrix.to(device)), shape, device), rank=rank)
         check(matrix, found, 8 if callable(rank) else rank)
         assert found.left.device.type == found.right.device.type == "cpu"

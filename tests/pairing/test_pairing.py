@@ -160,6 +160,20 @@ def test_pickled_weights_that_share_memory_are_compared_once(tmp_path):
     assert len(plan.skipped) == 1
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_any_matrices_that_share_memory_are_compared_once(shared, tmp_path):
+    """Layers that share weights (ALBERT's way) and are no head: three names, one matrix."""
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
+    for side in ("base", "tuned"):
+        one = matrix(4, 4, seed=len(side))
+        others = [one if shared or side == "base" else matrix(4, 4, seed=i) for i in (7, 8)]
+        (tmp_path / side).mkdir()
+        torch.save(dict(zip(names, [one, *others], strict=True)), tmp_path / side / "pytorch_model.bin")
+    plan = make_plan(tmp_path / "base", tmp_path / "tuned", OPTIONS)[0]
+    assert [pair.key.tensor for pair in plan.pairs] == (names[:1] if shared else names)
+    assert reasons(plan) == (dict.fromkeys(names[1:], f"tied to '{names[0]}'") if shared else {})
+
+
 def test_a_grown_vocabulary_stops_with_the_way_out(tmp_path):
     base, tuned = {**BODY, EMBED: matrix(9, 4)}, {**BODY, EMBED: matrix(11, 4)}
     with pytest.raises(PairingError) as stopped:

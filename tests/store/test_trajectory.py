@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -96,11 +97,22 @@ def test_folders_of_something_else_are_refused_and_leftovers_are_not(tmp_path):
     for name in ("thesis", "file"):
         with pytest.raises(RunError, match="exists and is no trajectory"):
             Trajectory.create_or_resume(tmp_path / name, manifest(1))
-    with pytest.raises(RunError, match="cannot be (read|written)"):
+    with pytest.raises(RunError, match="cannot be written"):
         Trajectory.create_or_resume(tmp_path / "file" / "inside", manifest(1))
     (tmp_path / "killed").mkdir()
     (tmp_path / "killed" / "trajectory.json.99999999.tmp").write_text("{")
     assert Trajectory.create_or_resume(tmp_path / "killed", manifest(1)).missing == [1]
+
+
+def test_a_folder_without_rights_is_said_to_be_unreadable(tmp_path, monkeypatch):
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(RunError, match=r"cannot be read \(Permission denied\): pass another one"):
+        Trajectory.create_or_resume(tmp_path, manifest(1))
+    with pytest.raises(RunError, match=r"cannot be written \(Permission denied\): pass another one"):
+        Run.create_or_resume(tmp_path, MANIFEST)
 
 
 @pytest.mark.parametrize(

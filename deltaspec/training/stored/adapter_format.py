@@ -62,6 +62,8 @@ def adapter_config(attachment: Attachment, *, base: str, task_type: str | None, 
     if method.sites:
         config |= _name_targets(attachment, method)
     config |= method.to_peft(attachment.options)
+    if method.peft == "PROMPT_TUNING" and task_type == "SEQ_2_SEQ_LM":
+        config["num_transformer_submodules"] = 1  # PEFT would expect prompts for the decoder too, and use none of them
     return config if _all_whole(attachment) else state_ranks(config, attachment, adapter_tensors(attachment))
 
 

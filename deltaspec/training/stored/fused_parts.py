@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.architecture.peft_names import PREFIX
-from deltaspec.training.methods.lora.options import LoraOptions
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.methods.lora.peft_config import FACTOR, whole_number
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import module_at

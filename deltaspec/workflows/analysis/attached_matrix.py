@@ -21,7 +21,7 @@ from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_matrix, list_sites, module_at
 from deltaspec.training.sites.site import Site
 from deltaspec.types import LowRankDelta, MatrixKey, MatrixRecord, Spectrum
-from deltaspec.workflows.analysis.stored_matrix import decompose_factors, make_record
+from deltaspec.workflows.analysis.stored_matrix import Decomposed, decompose_factors, make_record
 from deltaspec.workflows.shared.fill_run import work_of
 
 
@@ -86,16 +86,9 @@ def analyze_site(
         evidence = Evidence(spectrum, base_norm=norm, unrounded=not own)
     else:
         evidence = Evidence(spectrum)
-    record = make_record(
-        task.key,
-        task.spectrum_of,
-        (evidence, spectrum),
-        dtypes=(name_of(base.dtype), name_of(base.dtype if own else next(iter(attachment.state().values())).dtype)),
-        start=start,
-        device=device,
-        notes=[note] if note else [],
-    )
-    return record, spectrum
+    dtypes = name_of(base.dtype), name_of(base.dtype if own else next(iter(attachment.state().values())).dtype)
+    found = Decomposed(evidence, spectrum, dtypes, (note,) if note else ())
+    return make_record(task, found, device=device, start=start), spectrum
 
 
 def _dense(base: Tensor, delta: LowRankDelta | Tensor, spectrum_of: str) -> Tensor:

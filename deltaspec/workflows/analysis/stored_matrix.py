@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.spectra.evidence import Evidence
 from deltaspec.spectra.metrics import measure
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixKey, MatrixRecord, MatrixSource, Spectrum, WeightPair
-from deltaspec.workflows.shared.fill_run import work_of
+from deltaspec.workflows.shared.fill_run import Item, work_of
 from deltaspec.workflows.shared.non_finite import locate
 
 
@@ -104,42 +104,45 @@ def analyze_matrix(
     if evidence.rounding and evidence.rounding.grid != _dtype(pair.tuned):
         grid = evidence.rounding.grid
         notes.append(f"tuned values are {grid} saved as {_dtype(pair.tuned)}: rounding is that of {grid}")
-    record = make_record(
-        task.key,
-        task.spectrum_of,
-        (evidence, spectrum),
-        dtypes=(_dtype(pair.base), _dtype(pair.tuned)),
-        start=start,
-        device=device,
-        notes=notes,
-    )
-    return record, spectrum
+    dtypes = _dtype(pair.base), _dtype(pair.tuned)
+    return make_record(task, Decomposed(evidence, spectrum, dtypes, tuple(notes)), device=device, start=start), spectrum
 
 
-def make_record(
-    key: MatrixKey,
-    spectrum_of: str,
-    found: tuple[Evidence, Spectrum],
-    *,
-    dtypes: tuple[str, str],
-    start: float,
-    device: torch.device,
-    notes: Sequence[str] = (),
-) -> MatrixRecord:
-    """Measure what was found of one matrix; ``dtypes`` are base's and tuned's, ``start`` that of perf_counter."""
-    evidence, spectrum = found
+@dataclass(frozen=True, slots=True)
+class Decomposed:
+    """What was computed of one matrix; ``dtypes`` are base's and tuned's, as stored."""
+
+    evidence: Evidence
+    spectrum: Spectrum
+    dtypes: tuple[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def make_record(task: Item, found: Decomposed, *, device: torch.device, start: float) -> MatrixRecord:
+    """Measure what was found of a task's matrix.
+
+    Parameters
+    ----------
+    task : Item
+    found : Decomposed
+    device : torch.device
+        Where it was computed.
+    start : float
+        Of ``time.perf_counter`` when the work began.
+    """
+    spectrum = found.spectrum
     return MatrixRecord(
-        key=key,
+        key=task.key,
         shape=spectrum.shape,
-        base_dtype=dtypes[0],
-        tuned_dtype=dtypes[1],
-        spectrum_of=spectrum_of,
-        metrics=measure(evidence),
+        base_dtype=found.dtypes[0],
+        tuned_dtype=found.dtypes[1],
+        spectrum_of=task.spectrum_of,
+        metrics=measure(found.evidence),
         method=spectrum.method,
         error_bound=spectrum.error_bound,
         seconds=time.perf_counter() - start,
         device=str(device),
-        notes=tuple(notes),
+        notes=found.notes,
     )
 
 

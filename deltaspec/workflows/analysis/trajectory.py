@@ -63,15 +63,19 @@ def trajectory(
         message = "There is no checkpoint to analyse: pass one or more, or a training folder."
         raise OptionError(message)
     opened = Base(base)
-    manifest: TrajectoryContent = {
-        "base": identify_source(opened.source),
+    manifest = _manifest(opened, options, found)
+    result = Trajectory.create_or_resume(out or _default_path(manifest, checkpoints), manifest)
+    _fill(result, found, opened, options, _Account(len(found), progress))
+    return Trajectory.load(result.path)
+
+
+def _manifest(base: Base, options: AnalyzeOptions, found: Sequence[tuple[int, str]]) -> TrajectoryContent:
+    return {
+        "base": identify_source(base.source),
         "options": options.identity(),
         "deltaspec": version("deltaspec"),
         "checkpoints": [{"step": step, "ref": ref} for step, ref in found],
     }
-    result = Trajectory.create_or_resume(out or _default_path(manifest, checkpoints), manifest)
-    _fill(result, found, opened, options, _Account(len(found), progress))
-    return Trajectory.load(result.path)
 
 
 def _fill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Change:
 
 
 def open_changes(
-    base: Base, ref: str | Path, options: AnalyzeOptions, *, device: torch.device, keep: ExitStack, name: str
+    base: Base, ref: str | Path, options: AnalyzeOptions, *, device: torch.device, keep: ExitStack
 ) -> dict[str, Change]:
     """Open what a fine-tune changes, by key; nothing is read yet.
 
@@ -47,12 +48,11 @@ def open_changes(
         ``include`` and ``exclude``.
     device : torch.device
     keep : ExitStack
-        Closing it takes adapters that had to be attached off the running base again.
-    name : str
-        Of such an adapter on the running base, unlike any other there.
+        Closing it takes adapters that had to be attached to the running base off again.
     """
     tuned = open_source(ref)
     if isinstance(tuned, ForeignAdapter):
+        name = hashlib.sha256(str(tuned.root).encode()).hexdigest()[:16]  # unlike any other on the same base
         attached = attach_adapter(base, tuned, name=name)
         keep.callback(attached.attachment.detach)
         tasks = [

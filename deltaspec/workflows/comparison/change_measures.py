@@ -11,6 +11,7 @@ from statistics import mean, median
 from deltaspec.engine.local import resolve_devices
 from deltaspec.options.compare import CompareOptions
 from deltaspec.spectra.subspaces import Similarity, compare_subspaces
+from deltaspec.store.formats.comparison import ChangeSummary
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.training_folder import FINAL
 from deltaspec.types import Step
@@ -18,7 +19,7 @@ from deltaspec.workflows.analysis.analyze import analyze_against
 from deltaspec.workflows.analysis.weight_changes import open_changes
 from deltaspec.workflows.comparison.finished_trainings import FinishedTraining
 from deltaspec.workflows.comparison.matrix_measures import AnalyzedTraining, MatrixRow, measure_matrices
-from deltaspec.workflows.comparison.rows import NOTHING, ChangeSummary
+from deltaspec.workflows.comparison.rows import NOTHING
 from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
 
@@ -51,22 +52,14 @@ def measure_changes(
     list of ChangeSummary
         One for each training; all None where there is no ΔW.
     """
-    changing = [trained for trained in trainings if trained.changes_weights]
-    runs = [
-        analyze_against(
-            base,
-            trained.folder / FINAL,
-            place / "runs" / trained.run_name,
-            Execution(options.analysis(), progress),
-        )
-        for trained in changing
-    ]
+    changing, execution = [one for one in trainings if one.changes_weights], Execution(options.analysis(), progress)
+    runs = [analyze_against(base, one.folder / FINAL, place / "runs" / one.run_name, execution) for one in changing]
+    device = resolve_devices(options.device, 1)[0]
     with ExitStack() as keep:
-        device, analyzed = resolve_devices(options.device, 1)[0], list[AnalyzedTraining]()
-        for number, (trained, run) in enumerate(zip(changing, runs, strict=True)):
-            name, final = f"compared-{number}", trained.folder / FINAL
-            changes = open_changes(base, final, options.analysis(), device=device, keep=keep, name=name)
-            analyzed.append(AnalyzedTraining(trained, run, changes))
+        openings = [
+            open_changes(base, one.folder / FINAL, options.analysis(), device=device, keep=keep) for one in changing
+        ]
+        analyzed = [AnalyzedTraining(*parts) for parts in zip(changing, runs, openings, strict=True)]
         rows = measure_matrices(analyzed, Pieces(place / "matrices"), options, progress)
     known = {one.training.folder: (one, own) for one, own in zip(analyzed, rows, strict=True)}
     found = []

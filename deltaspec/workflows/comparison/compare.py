@@ -13,12 +13,12 @@ from deltaspec.files.atomic import unwritten, whole_file
 from deltaspec.options.compare import CompareOptions
 from deltaspec.plots.comparison import draw_change, draw_learning
 from deltaspec.plots.tables import to_columns
+from deltaspec.store.formats.comparison import ComparisonRow, TrainingCosts
 from deltaspec.types import Step
 from deltaspec.workflows.analysis.write_figures import check_formats, render_csv, render_figure, write_figure
 from deltaspec.workflows.comparison.change_measures import measure_changes
-from deltaspec.workflows.comparison.finished_trainings import FinishedTraining, open_base, open_trainings
+from deltaspec.workflows.comparison.finished_trainings import Fields, FinishedTraining, open_base, open_trainings
 from deltaspec.workflows.comparison.matrix_measures import FIRST
-from deltaspec.workflows.comparison.rows import ComparisonRow, TrainingCosts
 
 TABLE = "compare"
 FIGURES = {"learning": draw_learning, "change": draw_change}
@@ -74,7 +74,8 @@ def compare(
 
 def describe(trained: FinishedTraining) -> TrainingCosts:
     """Say what one training cost, learned and forgot."""
-    report, results = trained.report, trained.report["results"]
+    report: Fields = trained.report
+    results = report["results"]
     learned, forgotten = results.get("learned") or {}, results.get("forgotten") or {}
     metric = "perplexity" if "perplexity" in learned else "accuracy"
     before, after = forgotten.get("before"), forgotten.get("after")

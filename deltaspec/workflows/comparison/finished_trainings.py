@@ -12,9 +12,13 @@ from typing import Any
 from deltaspec.errors import OptionError, RunError
 from deltaspec.io.open import identify_source
 from deltaspec.options.training import TargetOptions
+from deltaspec.store.formats.training import DataReport, TrainingReport
 from deltaspec.store.training_folder import FINAL, read_report
 from deltaspec.training.methods import METHODS
 from deltaspec.workflows.shared.opened_base import Base
+
+Fields = Mapping[str, Any]
+"""A TrainingReport, of which fields are looked up by names that tables hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class FinishedTraining:
     """One finished training: its folder, report and label."""
 
     folder: Path
-    report: Mapping[str, Any]
+    report: TrainingReport
     label: str
 
     @property
@@ -55,7 +59,7 @@ def open_trainings(folders: Sequence[str | Path]) -> list[FinishedTraining]:
     if not folders:
         message = "There is no training to compare: pass one or more training folders."
         raise OptionError(message)
-    found: list[tuple[Path, Mapping[str, Any]]] = []
+    found: list[tuple[Path, TrainingReport]] = []
     for ref in folders:
         folder, report = _open(Path(ref).expanduser())
         if any(folder.resolve() == other.resolve() for other, _ in found):
@@ -75,7 +79,7 @@ def open_trainings(folders: Sequence[str | Path]) -> list[FinishedTraining]:
     return [FinishedTraining(folder, report, label) for (folder, report), label in zip(found, labels, strict=True)]
 
 
-def _check_data(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+def _check_data(found: Sequence[tuple[Path, TrainingReport]]) -> None:
     """Refuse trainings whose held-out data are not of one kind: what they learned cannot be compared."""
     first, wanted = found[0][0], _name_data(found[0][1]["data"])
     for folder, report in found[1:]:
@@ -88,9 +92,9 @@ def _check_data(found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
                 raise RunError(message)
 
 
-def _name_data(data: dict[str, Any]) -> dict[str, Any]:
+def _name_data(data: DataReport) -> dict[str, object]:
     """Say what a training is evaluated on, whichever split a seed draws; files by their names, for folders move."""
-    named = {name: data[name] for name in ("task", "text", "label", "names", "length")}
+    named: dict[str, object] = {name: data[name] for name in ("task", "text", "label", "names", "length")}
     sources = {name: None if ref is None else str(ref).split("/")[-1] for name, ref in data["sources"].items()}
     named |= {"held": sources["held"], "forget": sources["forget"]}
     if sources["held"] is None:
@@ -119,7 +123,7 @@ def open_base(trainings: Sequence[FinishedTraining]) -> Base:
     return base
 
 
-def _open(folder: Path) -> tuple[Path, Mapping[str, Any]]:
+def _open(folder: Path) -> tuple[Path, TrainingReport]:
     report = read_report(folder)
     if "runs" in report and report.get("best"):
         folder = folder / str(report["best"])
@@ -133,11 +137,17 @@ def _open(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     return folder, report
 
 
-def make_labels(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+def make_labels(reports: Sequence[Fields]) -> list[str]:
     """Name each training by its method, and by what tells it from others of that method, but for the seed.
 
     Values that are the options' own go without saying, but for ranks; what the loop did is said where options do not
     tell two apart.
+
+    Examples
+    --------
+    >>> one = {"method": "bitfit", "method_options": {}, "targets": {}, "loop": {"lr": 1e-4, "steps": 9}}
+    >>> make_labels([one, {**one, "loop": {"lr": 1e-3, "steps": 9}}])
+    ['bitfit lr=0.0001', 'bitfit lr=0.001']
     """
     bare = [" ".join([report["method"], *_unlike(report, reports)]) for report in reports]
     labels = []
@@ -148,7 +158,7 @@ def make_labels(reports: Sequence[Mapping[str, Any]]) -> list[str]:
     return labels
 
 
-def _unlike(report: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _unlike(report: Fields, reports: Sequence[Fields]) -> Iterator[str]:
     peers = [other for other in reports if other["method"] == report["method"]]
     usual = asdict(METHODS[report["method"]].options()) | asdict(TargetOptions())
     for place in ("method_options", "targets"):
@@ -157,5 +167,5 @@ def _unlike(report: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> 
                 yield name if value is True else f"{'r' if name == 'rank' else name}={value}"
 
 
-def _differ(reports: Sequence[Mapping[str, Any]], place: str, name: str) -> bool:
+def _differ(reports: Sequence[Fields], place: str, name: str) -> bool:
     return any(report[place].get(name) != reports[0][place].get(name) for report in reports)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, cast
 
@@ -14,10 +14,11 @@ from deltaspec.options.compare import CompareOptions
 from deltaspec.spectra.subspaces import amplify, find_intruders, random_change
 from deltaspec.store.pieces import Pieces
 from deltaspec.store.run import Run
-from deltaspec.types import MatrixRecord, Step
+from deltaspec.types import MatrixRecord
 from deltaspec.workflows.analysis.weight_changes import Change
 from deltaspec.workflows.comparison.finished_trainings import FinishedTraining
 from deltaspec.workflows.shared.fill_run import work_of
+from deltaspec.workflows.shared.workers import Headway, OnStep
 
 FIRST = 10  # left singular vectors of W + ΔW among which intruders are counted, as published
 
@@ -71,7 +72,7 @@ def measure_matrices(
     trainings: Sequence[AnalyzedTraining],
     pieces: Pieces,
     options: CompareOptions,
-    progress: Callable[[Step], None] | None,
+    progress: OnStep | None,
 ) -> list[list[MatrixRow]]:
     """Measure amplification and intruders of every matrix; the base's is decomposed once for all trainings.
 
@@ -96,14 +97,12 @@ def measure_matrices(
     shapes = {matrix: trainings[numbers[0]].changes[matrix].shape for matrix, numbers in todo.items()}
     sizes = {matrix: work_of(shapes[matrix]) * len(numbers) for matrix, numbers in todo.items()}
     found: list[list[MatrixRow]] = [[] for _ in trainings]
-    finished = weights = 0
-    for done, (matrix, numbers) in enumerate(todo.items(), start=1):
+    headway = Headway(len(todo), sum(sizes.values()), progress)
+    for matrix, numbers in todo.items():
         rows = _measure_matrix(matrix, [trainings[number] for number in numbers], pieces, options)
         for number, row in zip(numbers, rows, strict=True):
             found[number].append(row)
-        finished, weights = finished + sizes[matrix], weights + math.prod(shapes[matrix])
-        if progress:
-            progress(Step(done, len(todo), 0, finished, sum(sizes.values()), weights))
+        headway.add(work=sizes[matrix], weights=math.prod(shapes[matrix]))
     return found
 
 

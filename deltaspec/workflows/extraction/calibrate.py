@@ -22,11 +22,11 @@ from deltaspec.workflows.shared.running_models import (
     choose_dtype,
     describe_model,
     load_model,
-    load_tokenizer,
     open_model,
     run_model,
 )
 from deltaspec.workflows.shared.text_batches import Batch, Intake, Text, digest, make_batches
+from deltaspec.workflows.shared.tokenizer import load_tokenizer
 from deltaspec.workflows.shared.workers import Headway, OnStep
 
 

@@ -18,6 +18,7 @@ from deltaspec.extraction.factors import Factors, balance, cast_factors
 from deltaspec.extraction.ranks import RankChoice
 from deltaspec.extraction.whiten import balance_weighted, truncate_weighted, weighted_errors
 from deltaspec.io.matrix import read_low_rank
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate, truncate_product
 from deltaspec.options import RankOptions
 from deltaspec.spectra.noise import edge_of_rounding
@@ -142,7 +143,7 @@ def _of_delta(job: Job, ranks: RankOptions, device: torch.device) -> _Made:
 def _plain(job: Job, choice: RankChoice, delta: DenseDelta) -> _Made:
     """Minimise ‖ΔW - BA‖ itself."""
     shape, device = job.pair.shape, delta.device
-    found = truncate(delta.blocks, shape, device=device, rank=choice.largest, memory=WHOLE, hold=delta.hold)
+    found = truncate(Streamed(delta.blocks, shape, device, delta.hold), rank=choice.largest, memory=WHOLE)
     chosen = choice.settle(found)
     pairs = {label: cast_factors(balance(found, rank), job.dtype) for label, rank in chosen.items()}
     errors = stored_errors(delta.blocks, shape, list(pairs.values()), device=device, energy=found.energy)
@@ -159,7 +160,7 @@ def _weighted(job: Job, choice: RankChoice, delta: DenseDelta, moments: Tensor) 
     factors = list(pairs.values())
     errors = stored_errors(delta.blocks, shape, factors, device=device, energy=found.energy)
     seen = weighted_errors(found.weighted, factors, device=device, energy=found.truncation.energy)
-    plain = truncate(delta.blocks, shape, device=device, rank=max(chosen.values()), memory=WHOLE)
+    plain = truncate(Streamed(delta.blocks, shape, device), rank=max(chosen.values()), memory=WHOLE)
     results = _results(plain, chosen, dict(zip(pairs, errors, strict=True)))
     for (label, result), error in zip(results.items(), seen, strict=True):
         result["weighted_error"], result["weighted_optimum"] = error, optimum(found.truncation, chosen[label])

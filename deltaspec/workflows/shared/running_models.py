@@ -57,7 +57,8 @@ def quiet_transformers() -> Iterator[Any]:
             logging.enable_progress_bar()
 
 
-def _refusal(checkpoint: Checkpoint, what: str, cause: Exception) -> CheckpointError:
+def refuse_model(checkpoint: Checkpoint, what: str, cause: Exception) -> CheckpointError:
+    """Return the error for what transformers cannot do with a checkpoint, and why it says so."""
     said = " ".join(str(cause).split())[:300] or type(cause).__name__
     message = f"Cannot {what} of '{checkpoint.ref}' with transformers ({said}): check that its folder is complete."
     return CheckpointError(message)
@@ -95,7 +96,7 @@ def describe_model(checkpoint: Checkpoint) -> ModelKind:
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.root, trust_remote_code=False)
         except Exception as cause:  # every model's config raises its own
-            raise _refusal(checkpoint, "read the config", cause) from cause
+            raise refuse_model(checkpoint, "read the config", cause) from cause
         names = transformers.models.auto.modeling_auto
         architecture = (config.architectures or [""])[0]
         body = names.MODEL_MAPPING_NAMES.get(config.model_type, "")
@@ -116,38 +117,10 @@ def describe_model(checkpoint: Checkpoint) -> ModelKind:
     return ModelKind(config, cls, getattr(transformers, body, None), packed, (positions, rows), causal)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Load a checkpoint's tokenizer.
-
-    Raises
-    ------
-    CheckpointError
-        If it has none, or transformers cannot read it.
-    """
-    place = checkpoint.ref.split("@")[0] if checkpoint.revision else str(checkpoint.root)
-    with quiet_transformers() as transformers:
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                place, revision=checkpoint.revision or "main", trust_remote_code=False
-            )
-        except Exception as cause:  # every tokenizer raises its own
-            raise _refusal(checkpoint, "read the tokenizer", cause) from cause
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made of nothing, where files are missing
-        message = f"Cannot read the tokenizer of '{checkpoint.ref}': it knows no words; put its files beside the model."
-        raise CheckpointError(message)
-    return tokenizer
-
-
 def choose_dtype(checkpoint: Checkpoint, choice: str, *, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in.
+    """Return the dtype to compute in: ``choice`` (bf16, fp16, fp32), or for ``auto`` the most frequent stored one.
 
-    Parameters
-    ----------
-    checkpoint : Checkpoint
-    choice : str
-        bf16, fp16 or fp32; ``auto`` is the dtype that most weights are stored in, fp32 at most; fp32 on the CPU for
-        fp16, which is thirty times slower there.
-    device : torch.device
+    That is fp32 at most; on the CPU fp16 becomes fp32, for it is thirty times slower there.
     """
     if choice != "auto":
         return OPTIONS[choice].torch
@@ -210,7 +183,7 @@ def load_model(
                 **{name: dtype},
             )
         except Exception as cause:  # every model raises its own
-            raise _refusal(checkpoint, "load the weights", cause) from cause
+            raise refuse_model(checkpoint, "load the weights", cause) from cause
     _check_missing(set(info["missing_keys"]) - set(weights.fresh), checkpoint, kind)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.use_cache = False

@@ -22,7 +22,8 @@ from deltaspec.types import Checkpoint
 from deltaspec.types.methods import MethodOptions
 from deltaspec.types.running import Tokenizer
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
-from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, load_tokenizer, open_model
+from deltaspec.workflows.shared.running_models import ModelKind, choose_dtype, open_model
+from deltaspec.workflows.shared.tokenizer import load_tokenizer
 from deltaspec.workflows.training.count import (
     Counts,
     choose_method_sites,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError, OptionError
-from deltaspec.store.formats.training import TrainingReport
+from deltaspec.store.formats.training import Forgotten, Learned, TrainingReport, TrainingResults
 from deltaspec.store.training_folder import Folder, read_report
 from deltaspec.training.data.examples import Batches, Share, padding
 from deltaspec.training.loop.resume import pack_state, unpack_state, unpack_trained
@@ -147,7 +146,7 @@ class Training:
         self.accelerator.wait_for_everyone()
         return read_report(self.folder.path)
 
-    def _report(self, total: int) -> dict[str, Any]:
+    def _report(self, total: int) -> TrainingReport:
         counts = self.plan.counts
         head = sum(parameter.numel() for parameter in self.trained.head.values())
         return {
@@ -159,14 +158,18 @@ class Training:
             "results": self._results(total),
         }
 
-    def _results(self, total: int) -> dict[str, Any]:
+    def _results(self, total: int) -> TrainingResults:
         lines = self.folder.metrics()
         learned = [line["eval"] for line in lines if "eval" in line]
         kept = [line["forget"] for line in lines if "forget" in line]
         metric = next(iter(kept[0])) if kept and len(kept[0]) == 1 else "perplexity"
+        found: Learned | None = {**learned[-1], "before": learned[0]} if learned else None
+        lost: Forgotten | None = None
+        if kept:
+            lost = {"metric": metric, "before": kept[0][metric], "after": kept[-1][metric]}
         return {
-            "learned": {**learned[-1], "before": learned[0]} if learned else None,
-            "forgotten": {"metric": metric, "before": kept[0][metric], "after": kept[-1][metric]} if kept else None,
+            "learned": found,
+            "forgotten": lost,
             "steps": total,
             "seconds_per_step": median(line["seconds"] for line in lines if "seconds" in line),
             "peak_memory": peak_memory(self.accelerator.device),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from deltaspec.errors import NumericalError, OptionError
 from deltaspec.options.recipe import Recipe
-from deltaspec.store.formats.training import TrainingReport
+from deltaspec.store.formats.training import Learned, RateRow, TrainingReport
 from deltaspec.store.training_folder import Folder
 from deltaspec.training.loop.steps import Tick
 from deltaspec.types.running import Accelerator
@@ -73,7 +72,7 @@ def _train_rates(
     loops = [replace(recipe.loop, lr=rate) for rate in dict.fromkeys(recipe.rates)]
     with accelerated(recipe.run, seed=recipe.loop.seed) as accelerator:
         folder = _open(plan, out, accelerator, overwrite=overwrite)
-    rows: list[dict[str, Any]] = []
+    rows: list[RateRow] = []
     for loop in loops:
         rate, name = loop.lr, f"lr-{loop.lr:g}"
         one = replace(plan, recipe=replace(recipe, loop=loop, rates=()))
@@ -91,8 +90,9 @@ def _train_rates(
     return folder.report
 
 
-def _badness(learned: dict[str, Any]) -> tuple[float, float]:
+def _badness(learned: Learned | None) -> tuple[float, float]:
     """Order by the metric, then by loss."""
+    assert learned is not None  # there are held-out data
     return (learned["perplexity"] if "perplexity" in learned else -learned["accuracy"], learned["loss"])
 
 

@@ -20,17 +20,10 @@ from deltaspec.io.open import open_plain
 from deltaspec.types import AdapterIndex, Checkpoint
 from deltaspec.workflows.merging.collect_changes import collect_changes
 from deltaspec.workflows.merging.merge_tensor import merge_tensor
-from deltaspec.workflows.shared.running_models import (
-    STORED,
-    ModelKind,
-    Weights,
-    load_model,
-    load_tokenizer,
-    open_model,
-    run_model,
-)
+from deltaspec.workflows.shared.running_models import STORED, ModelKind, Weights, load_model, open_model, run_model
 from deltaspec.workflows.shared.stored_weights import read_state
 from deltaspec.workflows.shared.text_batches import Batch, Intake, Text, make_batches
+from deltaspec.workflows.shared.tokenizer import load_tokenizer
 from deltaspec.workflows.verification.common_class import choose_kinds, name_measure
 from deltaspec.workflows.verification.output_distance import Reference, Score
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.methods.lora.lora import attach
-from deltaspec.training.methods.lora.options import LoraOptions
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.targets import choose_sites
 from tests.tiny_models import VOCAB

@@ -53,7 +53,10 @@ def quiet():
 @pytest.mark.parametrize("case", CASES)
 def test_peft_merges_to_the_same_tensors(case, tmp_path):
     family, settings = CASES[case]
-    build(family).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    made = build(family)
+    if family == "granitemoe" and not any(name.endswith("experts.down_proj") for name, _ in made.named_parameters()):
+        pytest.skip("GraniteMoE has its experts under other names in this release of transformers, PEFT merges none")
+    made.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     model = peft.get_peft_model(load(tmp_path / "base"), peft.LoraConfig(r=3, lora_alpha=5, **settings))
     generator = torch.Generator().manual_seed(2)
     for key, parameter in model.named_parameters():

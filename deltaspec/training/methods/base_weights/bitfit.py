@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.base_weights import BitfitOptions
 from deltaspec.training.methods.base_weights.own import BaseAttachment
 from deltaspec.training.sites.attachment import Method
 from deltaspec.training.sites.model_sites import identify_parameters
 from deltaspec.training.sites.site import Site
-
-
-@dataclass(frozen=True, slots=True)
-class BitfitOptions:
-    """Nothing to choose."""
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: BitfitOptions, *, name: str, seed: int) -> BaseAttachment:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
+from deltaspec.options.methods.base_weights import FullOptions
 from deltaspec.training.methods.base_weights.own import BaseAttachment
 from deltaspec.training.sites.attachment import Method
 from deltaspec.training.sites.model_sites import base_parameters
 from deltaspec.training.sites.site import Site
-
-
-@dataclass(frozen=True, slots=True)
-class FullOptions:
-    """Nothing to choose."""
 
 
 def attach(model: nn.Module, sites: Sequence[Site], options: FullOptions, *, name: str, seed: int) -> BaseAttachment:

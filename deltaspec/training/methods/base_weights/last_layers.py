@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.base_weights import LastLayersOptions
 from deltaspec.training.methods.base_weights.own import BaseAttachment
 from deltaspec.training.sites.attachment import Method
 from deltaspec.training.sites.model_sites import HEADS, identify_parameters
@@ -16,29 +16,6 @@ from deltaspec.training.sites.site import Site
 from deltaspec.types import MatrixKey
 
 POOLER = re.compile(r"(?:^|\.)pooler\.")
-
-
-@dataclass(frozen=True, slots=True)
-class LastLayersOptions:
-    """How much of the end of the model is trained.
-
-    Parameters
-    ----------
-    blocks : int
-        The last so many blocks, of each stack where a model has several.
-    head : bool
-        Everything outside the model's body, and a pooler. A head that is tied to the embedding stays, and so does
-        the body's last normalisation.
-    """
-
-    blocks: int = 2
-    head: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse what trains nothing."""
-        if self.blocks < 0 or not (self.blocks or self.head):
-            message = f"--blocks is {self.blocks}: expected one or more, or 0 together with the head."
-            raise OptionError(message)
 
 
 def attach(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,51 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.bottleneck import CompacterOptions
 from deltaspec.training.methods.base_weights.own import TrainedInPlace
-from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, check_bottleneck, check_placement, place
+from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, place
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, base_parameters, module_at
 from deltaspec.training.sites.site import Site
 
 SHARED = "compacter_A"
-
-
-@dataclass(frozen=True, slots=True)
-class CompacterOptions:
-    """How small its bottlenecks are, and what is trained beside them.
-
-    Parameters
-    ----------
-    factors : int
-        n: terms of each sum, and the side of the shared factors; it divides every width.
-    reduction : int
-        The bottleneck is the sublayer's width divided by this.
-    activation : str
-        gelu, relu, silu or tanh.
-    norms : bool
-        Train the base's own normalisations too, as the paper does.
-    placement : str
-        Of the targets, keep those of ``attention``, of ``mlp`` (Compacter++), or ``both``.
-    cross : bool
-        After a decoder's attention to the encoder too.
-    """
-
-    factors: int = 4
-    reduction: int = 32
-    activation: str = "gelu"
-    norms: bool = True
-    placement: str = "both"
-    cross: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        check_bottleneck(1, self.activation)
-        check_placement(self.placement)
-        for name in ("factors", "reduction"):
-            if getattr(self, name) < 1:
-                message = f"--{name} is {getattr(self, name)}: expected 1 or more."
-                raise OptionError(message)
 
 
 def apply_kronecker(x: Tensor, shared: Tensor, left: Tensor, right: Tensor) -> Tensor:

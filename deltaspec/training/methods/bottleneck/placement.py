@@ -18,36 +18,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-PLACEMENTS = ("both", "attention", "mlp")
-
-
-def check_bottleneck(width: int, activation: str) -> None:
-    """Refuse a width below 1 and an unknown activation.
-
-    Raises
-    ------
-    OptionError
-        Naming the option.
-    """
-    if width < 1:
-        message = f"--bottleneck is {width}: expected 1 or more."
-        raise OptionError(message)
-    if activation not in ACTIVATIONS:
-        message = f"--activation is '{activation}': expected one of {', '.join(ACTIVATIONS)}."
-        raise OptionError(message)
-
-
-def check_placement(placement: str) -> None:
-    """Refuse an unknown placement.
-
-    Raises
-    ------
-    OptionError
-        Naming the option.
-    """
-    if placement not in PLACEMENTS:
-        message = f"--placement is '{placement}': expected one of {', '.join(PLACEMENTS)}."
-        raise OptionError(message)
 
 
 def place(sites: Sequence[Site], placement: str, *, cross: bool) -> list[Site]:

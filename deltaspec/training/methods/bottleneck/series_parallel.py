@@ -4,74 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaspec.errors import OptionError
-from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, check_bottleneck, check_placement, place
+from deltaspec.options.methods.bottleneck import ParallelOptions, SeriesOptions
+from deltaspec.training.methods.bottleneck.placement import ACTIVATIONS, place
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, module_at
 from deltaspec.training.sites.site import Site
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelOptions:
-    """A bottleneck beside each matrix, from its inputs to its outputs.
-
-    Parameters
-    ----------
-    bottleneck : int
-        Its inner width r.
-    activation : str
-        gelu, relu, silu or tanh.
-    bias : bool
-        With a bias after either layer.
-    scale : float
-        Factor on what it adds.
-    """
-
-    bottleneck: int = 256
-    activation: str = "tanh"
-    bias: bool = False
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        check_bottleneck(self.bottleneck, self.activation)
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesOptions:
-    """A bottleneck after a sublayer: on the outputs of its last matrix, before they join the residual stream.
-
-    Parameters
-    ----------
-    bottleneck, activation, bias, scale
-        As of the parallel one.
-    norm : bool
-        With a layer norm of its own before the bottleneck (Lin et al., 2020).
-    placement : str
-        Of the targets, keep those of ``attention``, of ``mlp``, or ``both``.
-    cross : bool
-        After a decoder's attention to the encoder too.
-    """
-
-    bottleneck: int = 64
-    activation: str = "gelu"
-    bias: bool = True
-    scale: float = 1.0
-    norm: bool = False
-    placement: str = "both"
-    cross: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        check_bottleneck(self.bottleneck, self.activation)
-        check_placement(self.placement)
 
 
 def run_bottleneck(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
-from deltaspec.training.methods.lora.options import LoraOptions
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.methods.lora.peft_config import from_peft, to_peft
 from deltaspec.training.methods.lora.update import BiasUpdate, EmbeddingLora, LinearLora, LoraUpdate
 from deltaspec.training.sites.adapted import Update

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from deltaspec.architecture.peft_names import PREFIX, find_pattern
 from deltaspec.errors import CheckpointError
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.types.methods import PeftConfig
-
-if TYPE_CHECKING:
-    from deltaspec.training.methods.lora.options import LoraOptions
 
 FACTOR = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(A\.weight|embedding_A)")
 MOVED = re.compile(r"pissa_niter|olora|corda|loftq|lora_ga")
@@ -75,8 +72,6 @@ def from_peft(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> Lora
     OptionError
         If its numbers make no sense.
     """
-    from deltaspec.training.methods.lora.options import LoraOptions
-
     initial = str(config.get("init_lora_weights")).lower()
     foreign = [name for name in FOREIGN if config.get(name)]
     if MOVED.match(initial):

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltaspec.options.methods.lora import LoraOptions
 from deltaspec.training.methods.lora.adapted_linear import Factors, adapted_linear
 from deltaspec.training.methods.lora.biases import Biases
 from deltaspec.training.methods.lora.dora import Lengths, dense_change
-from deltaspec.training.methods.lora.options import LoraOptions
 from deltaspec.training.methods.lora.pissa import Start
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import make_parameter

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, NumericalError
 from deltaspec.linalg.signs import fix_signs
+from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate
-from deltaspec.training.methods.shared_factors.vera import check_vectors
+from deltaspec.options.methods.shared_factors import LoraXsOptions
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Method, fill, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at
 from deltaspec.training.sites.site import Site
 
 FROZEN = (".lora_xs_A", ".lora_xs_B")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraXsOptions:
-    """What LoRA-XS trains.
-
-    Parameters
-    ----------
-    rank : int
-        Of R (rank, rank), at every layer.
-    save_projection : bool
-        Store A and B too; without, they are computed again from the base, which must be the same to the last bit, and
-        on another machine may come out slightly turned.
-    dropout : float
-        Share of the inputs left out in training.
-    """
-
-    rank: int = 16
-    save_projection: bool = True
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        check_vectors(self.rank, self.dropout)
 
 
 class LoraXsUpdate(Update):
@@ -109,9 +85,8 @@ def top_directions(weight: Tensor, rank: int, *, name: str) -> tuple[Tensor, Ten
             [0., 5.]], dtype=torch.float64)
     """
     try:
-        found = truncate(
-            lambda: iter([weight.double()]), (weight.shape[0], weight.shape[1]), device=weight.device, rank=rank
-        )
+        shape = (weight.shape[0], weight.shape[1])
+        found = truncate(Streamed(lambda: iter([weight.double()]), shape, weight.device), rank=rank)
     except NumericalError as cause:
         message = f"Cannot decompose '{name}' of the base for LoRA-XS: {cause} Take another base, or leave it out."
         raise CheckpointError(message) from cause

@@ -4,42 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from deltaspec.options.methods.shared_factors import TiedOptions
 from deltaspec.training.methods.shared_factors.projections import ScaledUpdate
-from deltaspec.training.methods.shared_factors.vera import check_vectors
 from deltaspec.training.sites.attachment import Attachment, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, check_ranks, module_at, refuse_embeddings
 from deltaspec.training.sites.site import Site
 
 SHARED = ("base_model.tied_A", "base_model.tied_B")
 VECTORS = ("tied_lambda_b", "tied_lambda_d")
-
-
-@dataclass(frozen=True, slots=True)
-class TiedOptions:
-    """What Tied-LoRA trains.
-
-    Parameters
-    ----------
-    rank : int
-        Of the pair that all layers share.
-    d_initial : float
-        Every λ_d at the start; λ_b is 0.
-    dropout : float
-        Share of the inputs left out in training.
-    """
-
-    rank: int = 8
-    d_initial: float = 0.1
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        check_vectors(self.rank, self.dropout)
 
 
 class TiedUpdate(ScaledUpdate):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, OptionError
+from deltaspec.options.methods.shared_factors import VbLoraOptions
 from deltaspec.training.methods.shared_factors.vector_bank import INDICES, WEIGHTS, mix_vectors, restore_logits
-from deltaspec.training.methods.shared_factors.vera import check_vectors
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment, Group, Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
@@ -19,61 +18,7 @@ from deltaspec.training.sites.site import Site
 from deltaspec.types.methods import PeftConfig
 
 BANK = "base_model.vblora_vector_bank"
-KINDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-@dataclass(frozen=True, slots=True)
-class VbLoraOptions:
-    """What VB-LoRA trains.
-
-    Parameters
-    ----------
-    rank : int
-    vectors : int
-        h, how many the bank holds.
-    vector_length : int
-        b, which must divide both sides of every layer.
-    topk : int
-        How many vectors each piece is mixed from.
-    logits_factor : float
-        Learning rate of the logits, as a multiple of the loop's, which the bank takes: 10 gives the paper's 1e-2 beside
-        1e-3.
-    save_topk : bool
-        Release only each piece's best weights and their indices: far smaller, and no longer trainable.
-    index_bytes : int
-        Of a released index: 1, 2 or 4; 0 takes what PEFT does, 1 below 2⁸ vectors, 2 below 2¹⁵, else 4.
-    dropout : float
-        Share of the inputs left out in training.
-    """
-
-    rank: int = 4
-    vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
-    logits_factor: float = 10.0
-    save_topk: bool = False
-    index_bytes: int = 0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        check_vectors(self.rank, self.dropout)
-        if self.vector_length < 1 or not 1 <= self.topk <= self.vectors:
-            message = (
-                f"--vector-length is {self.vector_length} and --topk {self.topk} of --vectors {self.vectors}: expected "
-                "1 or more each, and no more of the vectors than there are."
-            )
-            raise OptionError(message)
-        if self.index_bytes not in (0, *KINDS) or self.vectors - 1 > torch.iinfo(self.index_dtype).max:
-            message = (
-                f"--index-bytes is {self.index_bytes}: expected 0, 1, 2 or 4, and room for {self.vectors} vectors."
-            )
-            raise OptionError(message)
-
-    @property
-    def index_dtype(self) -> torch.dtype:
-        """Of a released index."""
-        return KINDS[self.index_bytes or (1 if self.vectors < 2**8 else 2 if self.vectors < 2**15 else 4)]
+KINDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # bytes of a released index → its dtype
 
 
 class VbLoraUpdate(Update):
@@ -151,7 +96,7 @@ class VbLoraAttachment(Attachment):
         for name, logits in self.state().items():
             if name != BANK:
                 best, places = logits.detach().topk(self.options.topk, dim=-1)
-                released[name + INDICES] = places.to(self.options.index_dtype)
+                released[name + INDICES] = places.to(KINDS[self.options.index_size])
                 kept = best.softmax(-1)[..., :-1].contiguous()
                 over = kept.sum(-1, keepdim=True) > 1  # by rounding; PEFT takes the logarithm of 1 - sum
                 released[name + WEIGHTS] = torch.where(over, kept * (1 - 1e-6), kept)
@@ -160,7 +105,7 @@ class VbLoraAttachment(Attachment):
     def stored(self) -> int:
         """Count what the smallest release holds: hb + Q (k-1 + k f), Q pieces, f = bytes of an index / 4."""
         trained = self.trained()
-        bank, k, size = trained.pop(BANK).numel(), self.options.topk, self.options.index_dtype.itemsize
+        bank, k, size = trained.pop(BANK).numel(), self.options.topk, self.options.index_size
         pieces = sum(logits.numel() for logits in trained.values()) // self.options.vectors
         return int(bank + pieces * (k - 1) + pieces * k * size // 4)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from deltaspec.errors import OptionError
+from deltaspec.options.methods.shared_factors import VeraOptions
 from deltaspec.training.methods.shared_factors.projections import ScaledUpdate
 from deltaspec.training.sites.attachment import Attachment, Method, fill
 from deltaspec.training.sites.model_sites import base_matrix, module_at, refuse_embeddings
@@ -18,48 +17,6 @@ from deltaspec.types.methods import PeftConfig
 
 SHARED = ("base_model.vera_A", "base_model.vera_B")
 VECTORS = ("vera_lambda_b", "vera_lambda_d")
-
-
-@dataclass(frozen=True, slots=True)
-class VeraOptions:
-    """What VeRA trains.
-
-    Parameters
-    ----------
-    rank : int
-        Of the shared projections; it may exceed a layer's sides.
-    d_initial : float
-        Every λ_d at the start; λ_b is 0.
-    projection_prng_key : int
-        Seed of the projections, which are the same as PEFT's.
-    save_projection : bool
-        Store them too; without, they are drawn again from their seed, which other versions of torch may do otherwise.
-    dropout : float
-        Share of the inputs left out in training.
-    """
-
-    rank: int = 256
-    d_initial: float = 0.1
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        check_vectors(self.rank, self.dropout)
-        if self.projection_prng_key < 0:
-            message = f"--projection-prng-key is {self.projection_prng_key}: expected 0 or more."
-            raise OptionError(message)
-
-
-def check_vectors(rank: int, dropout: float) -> None:
-    """Refuse a rank below 1 and a dropout outside [0, 1)."""
-    if rank < 1:
-        message = f"--rank is {rank}: expected 1 or more."
-        raise OptionError(message)
-    if not 0 <= dropout < 1:
-        message = f"--dropout is {dropout:g}: expected a share from 0 to below 1."
-        raise OptionError(message)
 
 
 def draw_projections(rank: int, sides: tuple[int, int], *, seed: int) -> tuple[Tensor, Tensor]:

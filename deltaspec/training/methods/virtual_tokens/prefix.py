@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from deltaspec.errors import OptionError, require
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
+from deltaspec.training.methods.virtual_tokens.kept_keys import NAMES
 from deltaspec.training.methods.virtual_tokens.virtual import (
     STORED,
+    Host,
     VirtualAttachment,
-    VirtualOptions,
     find_body,
     find_embedding,
+    find_stacks,
 )
 from deltaspec.training.sites.attachment import Method, make_parameter
 from deltaspec.training.sites.model_sites import base_matrix, module_at
@@ -24,6 +27,7 @@ from deltaspec.training.sites.site import Site
 class PrefixAttachment(VirtualAttachment):
     """Keys and values (tokens, 2 · layers · heads · d_head), handed to the body as a cache of tokens it has read."""
 
+    kind = "prefix"
     unasked = False
 
     def insert(self, kwargs: dict[str, Any], length: int) -> None:
@@ -39,10 +43,11 @@ class PrefixAttachment(VirtualAttachment):
         ):
             message = "--method prefix does not go with gradient checkpointing, under which transformers has no cache."
             raise OptionError(message)
-        cache = kwargs.get("past_key_values")
-        self.unasked = cache is None and kwargs.get("use_cache") is False
-        if cache is None:
-            cache = kwargs["past_key_values"] = require("transformers", extra="train").DynamicCache()
+        argument = str(self.cache_argument)
+        self.unasked = kwargs.get(argument) is None and kwargs.get("use_cache") is False
+        if kwargs.get(argument) is None:
+            kwargs[argument] = new_cache(self.model, self.body)
+        cache = getattr(kwargs[argument], "self_attention_cache", kwargs[argument])
         layers, heads, width = measure_attention(self.model)
         dtype = base_matrix(module_at(self.model, self.embed_path), self.updates[self.embed_path].site).dtype
         states = self.embeddings.to(dtype).view(self.tokens, layers, 2, 1, heads, width).permute(1, 2, 3, 4, 0, 5)
@@ -52,16 +57,37 @@ class PrefixAttachment(VirtualAttachment):
     def tidy(self, output: Any) -> Any:
         """Keep a cache back that nobody asked for: a generation without one would take it."""
         if self.unasked and not isinstance(output, tuple):
-            output["past_key_values"] = None
+            for argument in NAMES:
+                if argument in output:
+                    output[argument] = None
         return output
 
 
+def new_cache(model: nn.Module, body: nn.Module) -> Any:
+    """Make an empty cache as the model makes its own: for a decoder beside an encoder, of what it reads there too."""
+    transformers = require("transformers", extra="train")
+    cache = transformers.DynamicCache(config=body.config)
+    if find_stacks(model) is None:
+        return cache
+    return transformers.EncoderDecoderCache(cache, transformers.DynamicCache(config=body.config))
+
+
 def measure_attention(model: nn.Module) -> tuple[int, int, int]:
-    """Return a model's number of layers, of heads of keys and values, and their width."""
+    """Return a model's number of layers, of heads of keys and values, and their width; the decoder's of two stacks.
+
+    Raises
+    ------
+    OptionError
+        If the config has no attention heads, as that of a state-space model.
+    """
     config: Any = model.config
-    heads = config.num_attention_heads
+    heads = getattr(config, "decoder_attention_heads", None) or getattr(config, "num_attention_heads", None)
+    if heads is None:
+        message = f"--method prefix needs attention heads, which {type(model).__name__} has not: choose another."
+        raise OptionError(message)
+    layers = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers")]
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width
+    return next(filter(None, layers)), getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def attach(
@@ -75,16 +101,16 @@ def attach(
     Raises
     ------
     OptionError
-        If the model does not take keys and values, as DistilBERT does not, or has two stacks.
+        If the model does not take keys and values, as DistilBERT does not.
     """
     del sites
     site = find_embedding(model)
-    body = find_body(model, site, "past_key_values", method="prefix")
+    body = find_body(model, site, takes="cache", method="prefix")
     layers, heads, width = measure_attention(model)
     like, generator = base_matrix(module_at(model, site.path), site), torch.Generator().manual_seed(seed)
     shape = (options.tokens, 2 * layers * heads * width)
     embeddings = make_parameter(shape, like, lambda t: t.normal_(0, 0.02, generator=generator))
-    return PrefixAttachment(model, site, body, embeddings=embeddings, name=name, method="prefix", options=options)
+    return PrefixAttachment(model, Host(site, body), embeddings=embeddings, name=name, options=options)
 
 
 def to_peft(options: VirtualOptions) -> dict[str, Any]:
@@ -93,9 +119,12 @@ def to_peft(options: VirtualOptions) -> dict[str, Any]:
 
 
 def from_peft(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> VirtualOptions:
-    """Read PEFT's config; a projection that was trained is already multiplied out in the file."""
-    del config
-    return VirtualOptions(shapes[STORED][0])
+    """Read PEFT's config; a projection that was trained is already multiplied out in the file.
+
+    PEFT keeps prompts for two stacks twice, one for the decoder, which is given none: the first is used.
+    """
+    rows = shapes[STORED][0]
+    return VirtualOptions(rows // 2 if rows == 2 * config.get("num_virtual_tokens", rows) else rows)
 
 
 METHOD = Method(

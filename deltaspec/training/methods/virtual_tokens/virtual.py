@@ -10,25 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import OptionError
+from deltaspec.options.methods.virtual_tokens import VirtualOptions
+from deltaspec.training.methods.virtual_tokens.kept_keys import (
+    cache_argument,
+    caches_of,
+    holders,
+    mark_caches,
+    take_cache,
+)
 from deltaspec.training.sites.adapted import Update
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import list_sites, module_at
 from deltaspec.training.sites.site import Site
 
 STORED = "prompt_embeddings"
-
-
-@dataclass(frozen=True, slots=True)
-class VirtualOptions:
-    """How many virtual tokens."""
-
-    tokens: int = 20
-
-    def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
-        if self.tokens < 1:
-            message = f"--tokens is {self.tokens}: expected 1 or more."
-            raise OptionError(message)
 
 
 class VirtualUpdate(Update):
@@ -48,33 +43,34 @@ class VirtualUpdate(Update):
         return {STORED: self.embeddings}
 
 
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The part of a model that is given virtual tokens, and the model's input embedding."""
+
+    site: Site
+    body: nn.Module
+
+
 class VirtualAttachment(Attachment):
     """Virtual tokens before the input of a model's body, put there whenever it runs; subclasses say how.
 
     Parameters
     ----------
-    site : Site
-        The model's input embedding.
-    body : nn.Module
-        The part of the model that is given the tokens.
+    host : Host
+        Where the tokens are given.
     embeddings : nn.Parameter, (tokens, …)
     """
 
+    kind: str  # the method's name in METHODS
+
     def __init__(
-        self,
-        model: nn.Module,
-        site: Site,
-        body: nn.Module,
-        *,
-        embeddings: nn.Parameter,
-        name: str,
-        method: str,
-        options: VirtualOptions,
+        self, model: nn.Module, host: Host, *, embeddings: nn.Parameter, name: str, options: VirtualOptions
     ) -> None:
-        super().__init__(model, [VirtualUpdate(site, embeddings)], name=name, method=method, options=options)
+        site, body = host.site, host.body
+        super().__init__(model, [VirtualUpdate(site, embeddings)], name=name, method=self.kind, options=options)
         self.embeddings, self.tokens, self.weight = embeddings, options.tokens, 1.0
         self.embed_path, self.room = site.path, count_positions(model)
-        self.body = body
+        self.body, self.cache_argument = body, cache_argument(body)
         self.arguments = list(inspect.signature(self.body.forward).parameters)
         self.inserted = False
         before = self.body.register_forward_pre_hook(self._run, with_kwargs=True)
@@ -122,7 +118,10 @@ class VirtualAttachment(Attachment):
         raise NotImplementedError
 
     def _finish(self, body: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return self.tidy(output) if self.inserted else output
+        if not self.inserted:
+            return output
+        mark_caches(caches_of(output), self.name)  # of one that the body made itself too
+        return self.tidy(output)
 
     def _run(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
         """Change the arguments of one run of the body; mask and positions alone, where a cache has the tokens."""
@@ -131,16 +130,12 @@ class VirtualAttachment(Attachment):
             return None
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         inputs = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        mask, positions, cache = (kwargs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.ndim != 2:
-                message = f"The adapter '{self.name}' of virtual tokens needs an attention mask of two axes."
-                raise OptionError(message)
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.tokens), mask], dim=1)
-        if positions is not None:
-            kwargs["position_ids"] = positions + self.tokens
-        held = getattr(cache, "virtual", ())
-        if self.name not in held:
+        extend_mask(kwargs, "attention_mask", self.tokens, name=self.name)
+        for places in ("position_ids", "cache_position"):
+            if kwargs.get(places) is not None:
+                kwargs[places] = kwargs[places] + self.tokens
+        cache = take_cache(kwargs, self.cache_argument)
+        if self.name not in holders(cache):
             if self.room is not None and inputs.shape[1] + self.tokens > self.room:
                 message = (
                     f"The model has {self.room} positions, but {self.tokens} virtual tokens stand before a text of "
@@ -149,9 +144,26 @@ class VirtualAttachment(Attachment):
                 raise OptionError(message)
             self.insert(kwargs, inputs.shape[0])
             self.inserted = True
-            if kwargs.get("past_key_values") is not None:  # it comes in again at the next step of a generation
-                kwargs["past_key_values"].virtual = (*held, self.name)
+            if cache is not None:  # a body that returns none keeps it all the same
+                mark_caches([cache], self.name)
         return (), kwargs
+
+
+def extend_mask(kwargs: dict[str, Any], argument: str, tokens: int, *, name: str) -> None:
+    """Let a mask among a body's arguments show the virtual tokens before the text's.
+
+    Raises
+    ------
+    OptionError
+        If it is there and has not two axes.
+    """
+    mask = kwargs.get(argument)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        message = f"The adapter '{name}' of virtual tokens needs an attention mask of two axes."
+        raise OptionError(message)
+    kwargs[argument] = torch.cat([mask.new_ones(len(mask), tokens), mask], dim=1)
 
 
 def find_embedding(model: nn.Module) -> Site:
@@ -161,8 +173,11 @@ def find_embedding(model: nn.Module) -> Site:
     return next(site for site in list_sites(model, split=False) if module_at(model, site.path) is inner)
 
 
-def find_body(model: nn.Module, site: Site, argument: str, *, method: str) -> nn.Module:
-    """Find the innermost module around the embedding that takes an argument and a mask: heads call none further in.
+def find_body(model: nn.Module, site: Site, *, takes: str, method: str) -> nn.Module:
+    """Find the part that is given the tokens: the innermost module around the embedding that takes them and a mask.
+
+    Heads call none further in. Of two stacks it is the decoder that takes keys and values, and the encoder that takes
+    embeddings.
 
     Parameters
     ----------
@@ -170,29 +185,43 @@ def find_body(model: nn.Module, site: Site, argument: str, *, method: str) -> nn
         Of transformers.
     site : Site
         Its input embedding.
-    argument : str
-        What the method hands in: past_key_values or inputs_embeds.
+    takes : str
+        What the method hands in: "cache" or "inputs_embeds".
     method : str
         Its name in METHODS.
 
     Raises
     ------
     OptionError
-        If the model has an encoder and a decoder, or no such module.
+        If the model has no such module.
     """
-    kind = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        message = f"--method {method} is for models of one stack, but {kind} has an encoder and a decoder."
-        raise OptionError(message)
-    outer = str(getattr(model, "base_model_prefix", ""))
-    path = site.path
-    while path not in ("", outer):
+    paths, path = [site.path], site.path
+    while path not in ("", str(getattr(model, "base_model_prefix", ""))):
         path = path.rpartition(".")[0]
-        module = model.get_submodule(path)
-        if {argument, "attention_mask"} <= inspect.signature(module.forward).parameters.keys():
+        paths.append(path)
+    stacks = find_stacks(model)
+    modules = [stacks[takes == "cache"]] if stacks else [model.get_submodule(path) for path in paths[1:]]
+    for module in modules:
+        arguments = inspect.signature(module.forward).parameters.keys()
+        taken = cache_argument(module) if takes == "cache" else takes
+        if {taken, "attention_mask"} <= arguments:
             return module
-    message = f"--method {method} needs a model that takes {argument}, which {kind} does not: choose another."
-    raise OptionError(message)
+    wanted = "a cache of keys and values" if takes == "cache" else takes
+    message = f"--method {method} needs a model that takes {wanted}, which {type(model).__name__} does not: "
+    raise OptionError(message + "choose another.")
+
+
+def find_stacks(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Return the encoder and the decoder of a model that has both."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    parts: list[nn.Module] = []
+    for name in ("get_encoder", "get_decoder"):
+        part = getattr(model, name, lambda: None)()
+        if part is None or part is model or part in parts:
+            return None
+        parts.append(part)
+    return parts[0], parts[1]
 
 
 def count_positions(model: nn.Module) -> int | None:

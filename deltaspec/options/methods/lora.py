@@ -1,4 +1,4 @@
-"""The options of LoRA and its relatives."""
+"""What can be chosen of LoRA."""
 
 from __future__ import annotations
 
@@ -7,47 +7,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deltaspec.errors import OptionError
+from deltaspec.options.option import documented, option
 
 
+@documented
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
-    """What LoRA adds.
+    """What LoRA adds."""
 
-    Parameters
-    ----------
-    rank : int
-        r of each update.
-    alpha : float
-        α: the update is scaled by α/r, or by α/√r.
-    rslora : bool
-        Scale by α/√r (Kalajdzievski, arXiv:2312.03732).
-    dora : bool
-        Learn the length of each output's row apart from its direction (Liu et al., arXiv:2402.09353).
-    init : str
-        ``kaiming`` starts at ΔW = 0 with a random A; ``pissa`` with the base's top singular directions, which the base
-        lacks meanwhile (Meng et al., arXiv:2404.02948); embeddings always start as under ``kaiming``.
-    dropout : float
-        Of the update's input, in training mode; embeddings have none.
-    bias : str
-        Biases trained beside: ``none``, ``lora_only`` (of adapted modules) or ``all`` (but those of heads).
-    lora_bias : bool
-        Train a bias of B, scaled with it.
-    lr_ratio : float
-        λ of LoRA+: learning rate of B = λ · that of A (Hayou et al., arXiv:2402.12354).
-    patterns : mapping of str to (int, float)
-        Rank and α of single sites by name, where they are others.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    rslora: bool = False
-    dora: bool = False
-    init: str = "kaiming"
-    dropout: float = 0.0
-    bias: str = "none"
-    lora_bias: bool = False
-    lr_ratio: float = 1.0
-    patterns: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    rank: int = option(8, "Rank r of each update.")
+    alpha: float = option(16.0, "α: the update is scaled by α/r, or by α/√r.")
+    rslora: bool = option(False, "Scale by α/√r instead of α/r (Kalajdzievski, arXiv:2312.03732).")
+    dora: bool = option(
+        False, "Learn the length of each output's row apart from its direction (Liu et al., arXiv:2402.09353)."
+    )
+    init: str = option(
+        "kaiming",
+        "How it starts: kaiming, at ΔW = 0 with a random A; or pissa, with the base's top singular directions, which "
+        "the base lacks meanwhile (Meng et al., arXiv:2404.02948). Embeddings always start as under kaiming.",
+    )
+    dropout: float = option(0.0, "Share of the update's inputs left out in training; embeddings have none.")
+    bias: str = option(
+        "none", "Biases of the base trained beside: none, lora_only (of adapted modules), or all (but those of heads)."
+    )
+    lora_bias: bool = option(False, "Train a bias of B too, scaled with it.")
+    lr_ratio: float = option(
+        1.0, "λ of LoRA+: the learning rate of B is λ times that of A (Hayou et al., arXiv:2402.12354)."
+    )
+    patterns: Mapping[str, tuple[int, float]] = field(
+        default_factory=dict, metadata={"about": "Rank and α of single sites by name, where they are others."}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
