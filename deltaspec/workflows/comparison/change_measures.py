@@ -52,23 +52,7 @@ def measure_changes(
     list of ChangeSummary
         One for each training; all None where there is no ΔW.
     """
-    changing = [trained for trained in trainings if trained.changes_weights]
-    runs = [
-        analyze_against(
-            base,
-            trained.folder / FINAL,
-            place / "runs" / trained.run_name,
-            Execution(options.analysis(), progress),
-        )
-        for trained in changing
-    ]
-    with ExitStack() as keep:
-        device, analyzed = resolve_devices(options.device, 1)[0], list[AnalyzedTraining]()
-        for number, (trained, run) in enumerate(zip(changing, runs, strict=True)):
-            name, final = f"compared-{number}", trained.folder / FINAL
-            changes = open_changes(base, final, options.analysis(), device=device, keep=keep, name=name)
-            analyzed.append(AnalyzedTraining(trained, run, changes))
-        rows = measure_matrices(analyzed, Pieces(place / "matrices"), options, progress)
+    analyzed, rows = _measure(base, trainings, place, options=options, progress=progress)
     known = {one.training.folder: (one, own) for one, own in zip(analyzed, rows, strict=True)}
     found = []
     for trained in trainings:
@@ -80,6 +64,26 @@ def measure_changes(
         overlaps = _overlaps(one, known[other.folder][0], options.directions) if other else []
         found.append(_summarise(one, own, overlaps, other))
     return found
+
+
+def _measure(
+    base: Base,
+    trainings: Sequence[FinishedTraining],
+    place: Path,
+    *,
+    options: CompareOptions,
+    progress: Callable[[Step], None] | None,
+) -> tuple[list[AnalyzedTraining], list[list[MatrixRow]]]:
+    """Analyse each training that has a ΔW, and measure its matrices."""
+    execution, changing = Execution(options.analysis(), progress), [one for one in trainings if one.changes_weights]
+    runs = [analyze_against(base, one.folder / FINAL, place / "runs" / one.run_name, execution) for one in changing]
+    with ExitStack() as keep:
+        device, analyzed = resolve_devices(options.device, 1)[0], list[AnalyzedTraining]()
+        for number, (one, run) in enumerate(zip(changing, runs, strict=True)):
+            name, final = f"compared-{number}", one.folder / FINAL
+            changes = open_changes(base, final, options.analysis(), device=device, keep=keep, name=name)
+            analyzed.append(AnalyzedTraining(one, run, changes))
+        return analyzed, measure_matrices(analyzed, Pieces(place / "matrices"), options, progress)
 
 
 def choose_reference(trained: FinishedTraining, trainings: Sequence[FinishedTraining]) -> FinishedTraining | None:
