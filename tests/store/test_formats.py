@@ -64,7 +64,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     place = write_case(tmp_path_factory.mktemp("formats"), "bert")
-    more = {"forget": place / "other.csv", "forget_options": CLASSES}
+    more = {"forget": place / "other.csv", "forget_data": CLASSES}
     teach(place, place / "full", method="full", run={"checkpoint_every": 3}, **more)
     teach(place, place / "lora", rates=[1e-3, 1e-2], **more)
     return place

@@ -15,7 +15,7 @@ from deltaspec.errors import RunError
 from deltaspec.spectra.evidence import Evidence
 from deltaspec.spectra.metrics import METRICS, measure
 from deltaspec.store.record import LONGEST_NAME, file_stem
-from deltaspec.store.run import Run, differences
+from deltaspec.store.run import Run
 from deltaspec.types import MatrixKey, MatrixRecord, Spectrum
 
 MANIFEST = {
@@ -101,19 +101,6 @@ def test_records_of_another_run_are_copied_where_they_are_missing(tmp_path):
     mine.adopt(other, [(one.key, one.store_key) for one in (own, theirs, gone)])
     found = {one.key.tensor: one.seconds for one in Run.load(mine.path).records}
     assert found == {"own": own.seconds, "theirs": theirs.seconds}
-
-
-def test_differences_are_said_in_words_and_references_may_differ():
-    old = {"base": {"ref": "a", "revision": "x", "files": {"m": 1, "n": 2}}, "options": {"k": 1}, "deltaspec": "1"}
-    new = {"base": {"ref": "b", "revision": "y", "files": {"m": 1, "o": 3}}, "options": None, "deltaspec": "1"}
-    assert list(differences(old, old)) == []
-    assert list(differences(old, new)) == [
-        "base.files.n was 2, now None",
-        "base.files.o was None, now 3",
-        "options was {'k': 1}, now None",
-    ]
-    assert list(differences(old, new, ["options"], "a.")) == ["a.options was {'k': 1}, now None"]
-    assert list(differences({"n": 1}, {"n": 2})) == []  # what does not make the identity
 
 
 @pytest.mark.parametrize("name", HOSTILE)
