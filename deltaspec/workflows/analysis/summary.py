@@ -14,6 +14,8 @@ from deltaspec.store.run import Run
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import MatrixRecord
 
+Row = dict[str, Any]
+Group = tuple[Any, ...]  # what the rows of one group have in common
 COLUMNS = (
     "relative_norm",
     "effective_rank",
@@ -26,7 +28,7 @@ COLUMNS = (
 )
 
 
-def by_role(records: list[MatrixRecord]) -> list[dict[str, Any]]:
+def by_role(records: list[MatrixRecord]) -> list[Row]:
     """One row for each spectrum, stack and role: number of matrices and the median of each of COLUMNS."""
     order = {role: i for i, role in enumerate(ROLES)}
     return _grouped(
@@ -37,7 +39,7 @@ def by_role(records: list[MatrixRecord]) -> list[dict[str, Any]]:
     )
 
 
-def by_depth(records: list[MatrixRecord]) -> list[dict[str, Any]]:
+def by_depth(records: list[MatrixRecord]) -> list[Row]:
     """One row for each spectrum, stack and block: number of matrices and the median of each of COLUMNS."""
     inside = [record for record in records if record.key.depth is not None]
     return _grouped(
@@ -45,7 +47,7 @@ def by_depth(records: list[MatrixRecord]) -> list[dict[str, Any]]:
     )
 
 
-def by_matrix(records: list[MatrixRecord]) -> list[dict[str, Any]]:
+def by_matrix(records: list[MatrixRecord]) -> list[Row]:
     """One row for each record, with COLUMNS as they are."""
     rows = []
     for record in sorted(records, key=lambda r: natural_order(r.store_key)):
@@ -57,7 +59,7 @@ def by_matrix(records: list[MatrixRecord]) -> list[dict[str, Any]]:
 VIEWS = {"role": by_role, "depth": by_depth, "matrix": by_matrix}
 
 
-def by_step(trajectory: Trajectory, view: str = "role") -> list[dict[str, Any]]:
+def by_step(trajectory: Trajectory, view: str = "role") -> list[Row]:
     """Return the rows of a run's table at each step, those of one role (depth, matrix) together.
 
     Parameters
@@ -67,7 +69,7 @@ def by_step(trajectory: Trajectory, view: str = "role") -> list[dict[str, Any]]:
         Of ``VIEWS``: role, depth or matrix.
     """
     names = ("spectrum_of", "stack", "role", "depth", "matrix")
-    groups: defaultdict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    groups: defaultdict[Group, list[Row]] = defaultdict(list)
     for step, run in zip(trajectory.steps, trajectory.runs, strict=True):
         for row in VIEWS[view](run.records):
             groups[tuple(row.get(name) for name in names)].append({"step": step, **row})
@@ -81,11 +83,11 @@ def _with_rounding(records: list[MatrixRecord]) -> set[str]:
 
 def _grouped(
     records: list[MatrixRecord],
-    key: Callable[[MatrixRecord], tuple[Any, ...]],
-    order: Callable[[tuple[Any, ...]], Any],
+    key: Callable[[MatrixRecord], Group],
+    order: Callable[[Group], Any],
     names: tuple[str, ...],
-) -> list[dict[str, Any]]:
-    groups: defaultdict[tuple[Any, ...], list[MatrixRecord]] = defaultdict(list)
+) -> list[Row]:
+    groups: defaultdict[Group, list[MatrixRecord]] = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     rows = []
@@ -125,7 +127,7 @@ def skipped_by_reason(run: Run) -> list[tuple[str, list[str]]]:
     return sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
-def vectors_by_role(run: Run) -> list[dict[str, Any]]:
+def vectors_by_role(run: Run) -> list[Row]:
     """Norms and biases: how many, how many unchanged, and the median relative change."""
     counts = Counter(row["role"] for row in run.vectors)
     rows = []

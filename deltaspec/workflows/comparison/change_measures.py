@@ -52,13 +52,12 @@ def measure_changes(
     list of ChangeSummary
         One for each training; all None where there is no ΔW.
     """
-    changing, execution = [one for one in trainings if one.changes_weights], Execution(options.analysis(), progress)
+    changing, settings = [one for one in trainings if one.changes_weights], options.analysis()
+    execution = Execution(settings, progress)
     runs = [analyze_against(base, one.folder / FINAL, place / "runs" / one.run_name, execution) for one in changing]
     device = resolve_devices(options.device, 1)[0]
     with ExitStack() as keep:
-        openings = [
-            open_changes(base, one.folder / FINAL, options.analysis(), device=device, keep=keep) for one in changing
-        ]
+        openings = [open_changes(base, one.folder / FINAL, settings, device=device, keep=keep) for one in changing]
         analyzed = [AnalyzedTraining(*parts) for parts in zip(changing, runs, openings, strict=True)]
         rows = measure_matrices(analyzed, Pieces(place / "matrices"), options, progress)
     known = {one.training.folder: (one, own) for one, own in zip(analyzed, rows, strict=True)}
