@@ -135,7 +135,9 @@ def list_methods() -> Iterator[str]:
     for name, method in METHODS.items():
         yield from ("", f"## {name}", "", fill(f"{method.title}: {method.reference}."), "")
         yield bullet(f"What it does: it {SPACES[method.space]}.")
-        yield bullet(f"Targets by default: {f'`{method.sites}`' if method.sites else 'it takes none'}.")
+        yield bullet(
+            f"Targets by default: {f'`{method.sites}`' if method.sites else 'none: what it changes is fixed'}."
+        )
         yield bullet(f"At the start the model's outputs are {'what they were' if method.identity else 'changed'}.")
         yield bullet(f"In PEFT: {f'`{method.peft}`' if method.peft else 'not there'}.")
         yield from (field_line(item) for item in fields(method.options))

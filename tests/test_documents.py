@@ -109,7 +109,9 @@ def check_script(words):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_block_runs(page, models, tmp_path, monkeypatch):
-    assert {language for language, _ in BLOCK.findall(TEXTS[page])} <= {"sh", "python", "text"}
+    found = BLOCK.findall(TEXTS[page])
+    assert len(re.findall(r"```|~~~", TEXTS[page])) == 2 * len(found), "a block that BLOCK does not see is not run"
+    assert {language for language, _ in found} <= {"sh", "python", "text"}
     for source in models.iterdir():
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / source.name)
@@ -125,7 +127,7 @@ def test_every_block_runs(page, models, tmp_path, monkeypatch):
         elif words == ["pre-commit", "install"]:
             assert (ROOT / ".pre-commit-config.yaml").is_file()
         else:
-            assert words[0] in ("bash", "python"), f"{page}: no rule for {shlex.join(words)}"
+            assert words[0] in ("bash", ".venv-test/bin/python"), f"{page}: no rule for {shlex.join(words)}"
             check_script(words)
     for body in blocks(page, "python"):
         exec(compile(body, f"{page}.md", "exec"), {"__name__": "documents"})
@@ -189,6 +191,16 @@ def test_the_readme_is_a_front_door():
     """Some 900 words; whatever needs more is a page of the manual."""
     assert len(TEXTS["README"].split()) <= 1000
     assert all(f"deltaspec/manual/{topic}.md" in TEXTS["README"] for topic in list_topics() if "reference" not in topic)
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_makes_its_environment_under_constraints(script):
+    """A folder, extras, and a file of constraints that is there, or one that the script made."""
+    for call in re.findall(r"^ *make_environment +([^({\n]+)$", script.read_text(encoding="utf-8"), re.MULTILINE):
+        folder, extras, constraints = shlex.split(call)
+        assert folder.startswith(".venv")
+        assert set(filter(None, extras.strip("[]").split(","))) <= {*PROJECT["optional-dependencies"], "$extras"}
+        assert constraints == "$constraints" or (ROOT / constraints).is_file()
 
 
 def test_the_demo_leaves_no_trace_in_git():

@@ -19,7 +19,7 @@ TYPES: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
 class Output:
     """How a command speaks."""
 
-    as_json: bool = option(False, "Print one JSON object instead of text.", flag="--json")
+    as_json: bool = option(False, "Print JSON instead of text.", flag="--json")
     quiet: bool = option(False, "Show no progress.")
 
 

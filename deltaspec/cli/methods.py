@@ -19,7 +19,8 @@ FIELDS: dict[str, dict[str, Field[Any]]] = {
     method: {item.name: item for item in fields(kind) if item.type in TYPES} for method, kind in METHOD_OPTIONS.items()
 }
 """Method → the fields of its options that a flag can say; rank patterns and the like are for Python."""
-METHODS = {method: {name: TYPES[str(item.type)] for name, item in known.items()} for method, known in FIELDS.items()}
+TAKEN = {method: {name: TYPES[str(item.type)] for name, item in known.items()} for method, known in FIELDS.items()}
+"""Method → its flags, and the type of each."""
 HELP = {name: "" for known in FIELDS.values() for name in known}
 WORDS = {"yes": True, "no": False}
 
@@ -81,10 +82,10 @@ def parse_method(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """
     method = given.pop("method")
     chosen = {name: value for name in HELP if (value := given.pop(name, None)) is not None}
-    if method not in METHODS:
-        message = f"--method is '{method}': expected one of {', '.join(METHODS)}."
+    if method not in TAKEN:
+        message = f"--method is '{method}': expected one of {', '.join(TAKEN)}."
         raise OptionError(message)
-    known = METHODS[method]
+    known = TAKEN[method]
     for name in chosen:
         flag = flag_of(next(iter(_takers(name).values())))
         if name not in known:

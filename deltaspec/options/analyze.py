@@ -30,7 +30,11 @@ class AnalyzeOptions:
     spectra: tuple[str, ...] = option(
         ("delta",), "Which matrices to decompose: some of delta (the change), base and tuned.", metavar="X[,X…]"
     )
-    vectors: int = option(0, "Keep so many singular vectors of either side too, beside all values.", metavar="K")
+    vectors: int = option(
+        0,
+        "Keep the left and right singular vectors of the K strongest directions, beside all σ.",
+        metavar="K",
+    )
     exact: bool = option(
         False,
         "Decompose by QR and a float64 SVD instead of the Gram matrix: slower, and right for singular values below a "

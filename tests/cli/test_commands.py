@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
-import pyarrow.parquet
 import pytest
 import torch
 from click.testing import CliRunner
@@ -84,13 +83,14 @@ def test_show(run, by):
 
 
 def test_exports_hold_the_same_rows(run, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
     rows = json.loads(call("export", run, "--format", "json").stdout)
     assert isinstance(rows, list)
     lines = list(csv.DictReader(io.StringIO(call("export", run).stdout)))
     assert [line["tensor"] for line in lines] == [row["tensor"] for row in rows]
     assert float(lines[0]["effective_rank"]) == rows[0]["effective_rank"]
     assert call("export", run, "--format", "parquet", "-o", tmp_path / "x.parquet").exit_code == 0
-    assert pyarrow.parquet.read_table(tmp_path / "x.parquet").to_pylist() == rows
+    assert pyarrow.read_table(tmp_path / "x.parquet").to_pylist() == rows
     wanted = ["tensor", "part", "role", "depth", "expert", "d_out", "d_in", "base_dtype", "tuned_dtype", "spectrum_of"]
     assert set(wanted) | set(METRICS) <= set(rows[0])
 
@@ -238,6 +238,38 @@ def test_help_loads_no_torch_and_is_quick():
     assert done.stdout.strip().endswith("False False")
     assert all(name in done.stdout for name in COMMANDS)
     assert best < 0.3
+
+
+EXTRAS = ("pandas", "pyarrow", "transformers", "tokenizers", "accelerate", "datasets", "peft", "scipy")
+
+
+def test_what_runs_no_model_needs_no_extra(models, tmp_path):
+    """In a process where nothing of an extra can be imported; it would fail at the import."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split()))\n"
+        "from click.testing import CliRunner; from deltaspec.cli.main import cli\n"
+        "for line in sys.argv[2:]:\n"
+        "    done = CliRunner().invoke(cli, line.split())\n"
+        "    assert done.exit_code == 0, (line, done.output, done.exception)\n"
+    )
+    base, tuned = models
+    lines = (
+        f"analyze {base} {tuned} -o run --quiet",
+        "show run",
+        "export run --format json -o run.json",
+        "plot run --format png -o figures",
+        f"extract {base} {tuned} --rank 2 -o small --quiet",
+        f"extract {base} {tuned} --params 2K -o budget --quiet",
+        f"verify {base} {tuned} small --quiet",
+        "combine small budget -o both --quiet",
+        "resize both --rank 2 -o resized --quiet",
+        f"merge {base} resized -o merged --quiet",
+        "help glossary",
+    )
+    command = [sys.executable, "-c", code, " ".join(EXTRAS), *lines]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_every_command_names_its_page_of_the_manual():

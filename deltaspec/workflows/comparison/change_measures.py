@@ -18,7 +18,7 @@ from deltaspec.types import Step
 from deltaspec.workflows.analysis.analyze import analyze_against
 from deltaspec.workflows.analysis.weight_changes import open_changes
 from deltaspec.workflows.comparison.finished_trainings import FinishedTraining
-from deltaspec.workflows.comparison.matrix_measures import AnalyzedTraining, MatrixRow, measure_matrices
+from deltaspec.workflows.comparison.matrix_measures import AnalyzedTraining, MeasuredMatrix, measure_matrices
 from deltaspec.workflows.comparison.rows import NOTHING
 from deltaspec.workflows.shared.fill_run import Execution
 from deltaspec.workflows.shared.opened_base import Base
@@ -95,7 +95,7 @@ def _overlaps(one: AnalyzedTraining, other: AnalyzedTraining, directions: int) -
 
 
 def _summarise(
-    one: AnalyzedTraining, rows: list[MatrixRow], overlaps: list[Similarity], other: FinishedTraining | None
+    one: AnalyzedTraining, rows: list[MeasuredMatrix], overlaps: list[Similarity], other: FinishedTraining | None
 ) -> ChangeSummary:
     changed = [record.metrics for record in one.records()]
     return ChangeSummary(

@@ -23,7 +23,7 @@ from deltaspec.workflows.shared.workers import Headway, OnStep
 FIRST = 10  # left singular vectors of W + ΔW among which intruders are counted, as published
 
 
-class MatrixRow(TypedDict):
+class MeasuredMatrix(TypedDict):
     """What is measured of one matrix; intruders where they are looked for."""
 
     amplification: float
@@ -73,7 +73,7 @@ def measure_matrices(
     pieces: Pieces,
     options: CompareOptions,
     progress: OnStep | None,
-) -> list[list[MatrixRow]]:
+) -> list[list[MeasuredMatrix]]:
     """Measure amplification and intruders of every matrix; the base's is decomposed once for all trainings.
 
     Parameters
@@ -87,7 +87,7 @@ def measure_matrices(
 
     Returns
     -------
-    list of list of MatrixRow
+    list of list of MeasuredMatrix
         For each training those of its ``records()``.
     """
     todo: dict[str, list[int]] = {}
@@ -96,7 +96,7 @@ def measure_matrices(
             todo.setdefault(record.store_key, []).append(number)
     shapes = {matrix: trainings[numbers[0]].changes[matrix].shape for matrix, numbers in todo.items()}
     sizes = {matrix: work_of(shapes[matrix]) * len(numbers) for matrix, numbers in todo.items()}
-    found: list[list[MatrixRow]] = [[] for _ in trainings]
+    found: list[list[MeasuredMatrix]] = [[] for _ in trainings]
     headway = Headway(len(todo), sum(sizes.values()), progress)
     for matrix, numbers in todo.items():
         rows = _measure_matrix(matrix, [trainings[number] for number in numbers], pieces, options)
@@ -108,13 +108,13 @@ def measure_matrices(
 
 def _measure_matrix(
     matrix: str, trainings: Sequence[AnalyzedTraining], pieces: Pieces, options: CompareOptions
-) -> list[MatrixRow]:
+) -> list[MeasuredMatrix]:
     """Measure one matrix of the trainings that changed it, those that are missing; W is decomposed for these alone."""
     base: _Base | None = None
     rows = []
     for one in trainings:
         key = str(one.piece(matrix, options))
-        row = cast("MatrixRow | None", pieces.row(key))
+        row = cast("MeasuredMatrix | None", pieces.row(key))
         if row is None:
             base = base or _Base(trainings[0].changes[matrix], intruders=options.intruders)
             row = _measure(one.run, one.changes[matrix], base)
@@ -131,7 +131,7 @@ class _Base:
         self.left = torch.linalg.svd(self.weight, full_matrices=False).U if intruders else None
 
 
-def _measure(run: Run, change: Change, base: _Base) -> MatrixRow:
+def _measure(run: Run, change: Change, base: _Base) -> MeasuredMatrix:
     spectrum = run.spectrum(str(change.key))
     assert spectrum.left is not None
     assert spectrum.right is not None
@@ -139,7 +139,7 @@ def _measure(run: Run, change: Change, base: _Base) -> MatrixRow:
     norm = float(spectrum.singular_values[:rank].norm())  # of those directions alone, or more of them would weigh less
     device = base.weight.device
     found = amplify(base.weight, spectrum.left.to(device), spectrum.right.to(device), norm=norm)
-    row = MatrixRow(amplification=found.factor, amplification_null=norm / found.null if found.null else math.inf)
+    row = MeasuredMatrix(amplification=found.factor, amplification_null=norm / found.null if found.null else math.inf)
     if base.left is None:
         return row
     random = random_change(spectrum.singular_values, change.shape, seed=0)

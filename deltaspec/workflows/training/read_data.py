@@ -43,8 +43,8 @@ class TrainingData:
 
 
 def find_sources(recipe: Recipe) -> DataSources:
-    """Return where a recipe's data are; OptionError where it names none."""
-    if recipe.sources is None:
+    """Return where a recipe's data are; OptionError where it names none as DataSources."""
+    if not isinstance(recipe.sources, DataSources):  # None, or a file's name without its class
         message = "There is nothing to train on: pass a Recipe with sources, such as DataSources('train.csv')."
         raise OptionError(message)
     return recipe.sources
