@@ -65,7 +65,7 @@ def analyze_attached(base: Base, adapter: ForeignAdapter, out: str | Path | None
     found = attach_adapter(base, adapter, name="analysed")
     try:
         identity = identify_source(base.source)
-        sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.norms))
+        sides = Sides(identity, found.tuned, found.names, found.notes, found.whole)
         path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": execution.options.identity()})
         return run_live(found.attachment, path, sides, execution)
     finally:

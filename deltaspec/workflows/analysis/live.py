@@ -35,7 +35,8 @@ from deltaspec.workflows.shared.vector_changes import describe_change
 class Sides:
     """What a manifest says of a live analysis; ``names`` maps a running model's tensors to the base's own names.
 
-    ``norms`` are those of the base's matrices, by key, that are known already.
+    ``norms`` are those of the running model's matrices, by key, that are known already; never those that were summed
+    from files, whose last digit may be another.
     """
 
     base: Mapping[str, Any]
