@@ -184,7 +184,7 @@ def _make_tasks(plan: Plan, options: AnalyzeOptions) -> list[Task]:
             task = Task(pair, of)
             if of != "delta" and isinstance(pair.base if of == "base" else pair.tuned, LowRankSource):
                 reason = "stored as factors alone: analyse the merged checkpoint for it"
-                plan.skip(task.store_key, NoteKind.WHOLE, reason)
+                plan.skip(task.store_key, NoteKind.FACTORS, reason)
             elif task.store_key in tasks:
                 message = f"Two matrices would be stored as '{task.store_key}': leave one out with --exclude."
                 raise PairingError(message)
