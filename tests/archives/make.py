@@ -2,8 +2,9 @@
 
     .venv-test/bin/python -m tests.archives.make [PART …]
 
-Parts are run, adapters, trainings and steps; without one all are written. Expected values of the run are NumPy's,
-float64, from the matrices before they were stored; those of a training are what the version that trained it reported.
+Parts are run, adapters, merges, trainings and steps; without one all are written. Expected values of the run are
+NumPy's, float64, from the matrices before they were stored; those of a training are what the version that trained it
+reported.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ NAMES = ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", 
 DATA = deltaspec.DataOptions(holdout=0.25)
 LOOP = deltaspec.LoopOptions(lr=1e-2, steps=4, batch=4)
 RUNNING = deltaspec.RunOptions(device="cpu", checkpoint_every=2)
-TRAININGS = {
+TRAININGS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     "lora": {"method_options": {"rank": 2}},
     "rates": {"method_options": {"rank": 2}, "rates": (1e-2, 1e30)},
@@ -92,11 +94,25 @@ def adapters(scratch: Path) -> None:
     settle(FOLDER / "extracted", str(scratch))
 
 
+def merges(scratch: Path) -> None:
+    """Write what a merge of the archived sum of adapters says of itself, without its weights; needs adapters."""
+    for name in ("pair/base", "extracted/combined"):
+        shutil.copytree(FOLDER / name, scratch / name)
+    merge_sum(scratch, scratch / "merged")
+    (FOLDER / "merged").mkdir(exist_ok=True)
+    shutil.copyfile(scratch / "merged" / "deltaspec.json", FOLDER / "merged" / "deltaspec.json")
+    settle(FOLDER / "merged", str(scratch))
+
+
+def merge_sum(place: Path, out: Path) -> None:
+    """Merge so little of the sum of adapters of ``place`` into its base that rounding loses some of it."""
+    deltaspec.merge(place / "pair/base", [(place / "extracted/combined", 1e-6)], out)
+
+
 def trainings(scratch: Path) -> None:
     """Write a base with data, finished trainings of it, one that was stopped, and a comparison."""
-    from tests.workflows.train_case import write_classes
-
     from tests.tiny_models import build, save  # they need transformers, which reading the archive does not
+    from tests.workflows.training.train_case import write_classes
 
     save(build("bert", num_hidden_layers=1), scratch / "bert")
     settings = scratch / "bert" / "tokenizer_config.json"
@@ -121,13 +137,18 @@ def trainings(scratch: Path) -> None:
         settle(FOLDER / name, str(scratch))
 
 
-def train(place: Path, name: str, out: Path, **more: object) -> dict[str, object]:
+def train(
+    place: Path,
+    name: str,
+    out: Path,
+    *,
+    loop: deltaspec.LoopOptions = LOOP,
+    progress: Callable[[object], None] | None = None,
+) -> dict[str, Any]:
     """Train the base of ``place`` for four steps as TRAININGS says, or go on with what lies in ``out``."""
-    given = {"data_options": DATA, "loop": LOOP, "run": RUNNING, "forget": place / "other.csv"}
-    found: dict[str, object] = deltaspec.train(
-        place / "bert", place / "data.csv", out, **{**given, **TRAININGS[name], **more}
-    )
-    return found
+    sources = deltaspec.DataSources(place / "data.csv", forget=place / "other.csv")
+    recipe = deltaspec.Recipe(sources, data=DATA, loop=loop, run=RUNNING, **TRAININGS[name])
+    return dict(deltaspec.train(place / "bert", out, recipe, progress=progress))
 
 
 def stop_after(step: int, work: Callable[[Callable[[object], None]], object]) -> None:
@@ -154,7 +175,13 @@ def steps(scratch: Path) -> None:
     settle(FOLDER / "trajectory", str(scratch))
 
 
-PARTS: dict[str, Callable[[Path], None]] = {"run": run, "adapters": adapters, "trainings": trainings, "steps": steps}
+PARTS: dict[str, Callable[[Path], None]] = {
+    "run": run,
+    "adapters": adapters,
+    "merges": merges,
+    "trainings": trainings,
+    "steps": steps,
+}
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import deltaspec
 from deltaspec.errors import DeltaspecError
 from deltaspec.spectra.metrics import METRICS
 from deltaspec.store.run import VERSION
-from tests.archives.make import LOOP, PLACE, train
+from tests.archives.make import LOOP, PLACE, merge_sum, train
 
 ARCHIVES = sorted(Path(__file__).parent.glob("v*"))
 PAGES = Path(deltaspec.__file__).parent / "store"
@@ -39,12 +40,14 @@ def archive(request):
 
 @pytest.fixture
 def moved(archive, tmp_path):
-    """The archive where it can be written to, its paths those of today."""
+    """The archive where it can be written to, its paths those of today; its base as old as its trainings know it."""
     place = tmp_path / "archive"
     shutil.copytree(archive, place)
     for file in place.rglob("*.json"):
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace(f'"{PLACE}/', f'"{place}/'), encoding="utf-8")
+    for name, modified in read(place / "trainings/full/train.json")["base"]["modified"].items():
+        os.utime(place / "bert" / name, ns=(modified, modified))
     return place
 
 
@@ -95,9 +98,9 @@ def test_an_old_adapter_is_as_good_as_it_claims(archive, name):
     found = deltaspec.verify(archive / "pair/base", archive / "pair/tuned", adapter, options=options)
     assert found.claims and not found.worse and not found.missing
     errors = {row["matrix"]: row["error"] for row in claims["matrices"]}
-    assert {row["matrix"]: row["error"] for row in found.rows if row["rank"]} == pytest.approx(errors, rel=1e-9)
+    assert {row.matrix: row.error for row in found.rows if row.rank} == pytest.approx(errors, rel=1e-9)
     if name != "energy":  # whose embedding is stored whole, and so has no factors
-        assert found.totals["error"] == pytest.approx(claims["totals"]["error"], rel=1e-9)
+        assert found.totals.error == pytest.approx(claims["totals"]["error"], rel=1e-9)
 
 
 def test_an_old_adapter_that_is_worse_than_it_claims_is_found_out(moved):
@@ -123,6 +126,27 @@ def test_old_adapters_are_added_and_merged(moved, tmp_path):
     (row,) = (row for row in known["matrices"] if row["matrix"] == name)
     kept = row["energy"] * (1 - row["error"] ** 2)
     assert float((merged - base).double().square().sum()) == pytest.approx(kept, rel=1e-5)
+
+
+def test_an_old_merge_would_say_the_same_today(moved, tmp_path):
+    """All but the places where things lie."""
+    merge_sum(moved, tmp_path / "merged")
+    found, known = (read(folder / "deltaspec.json") for folder in (tmp_path / "merged", moved / "merged"))
+    assert found.keys() == known.keys()
+    assert found["total"] == pytest.approx(known["total"], rel=1e-6)
+    assert known["remark"] and min(known["total"].values()) > 0  # there is something to be said
+    for row, old in zip(found["matrices"], known["matrices"], strict=True):
+        assert row.keys() == old.keys()
+        for name, value in old.items():
+            assert row[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name
+    for name in ("kind", "dtype", "remark", "notes"):
+        assert found[name] == known[name], name
+    assert found["base"]["files"] == known["base"]["files"]
+    (one,), (old,) = found["adapters"], known["adapters"]
+    assert one["weight"] == old["weight"]
+    assert one["files"].keys() == old["files"].keys()
+    weights = "adapter_model.safetensors"  # the config names a place
+    assert one["files"][weights] == old["files"][weights]
 
 
 def test_old_trainings_are_compared(trained, tmp_path):
@@ -210,7 +234,7 @@ WRITTEN = {
         "trainings/*/metrics.jsonl",
         "trainings/*/*/*/resume/position.json",
     ],
-    "format_adapter.md": ["extracted/*/deltaspec.json"],
+    "format_adapter.md": ["extracted/*/deltaspec.json", "merged/deltaspec.json"],
     "format_comparison.md": ["comparison/compare.json"],
 }
 

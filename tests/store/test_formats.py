@@ -10,14 +10,12 @@ import pytest
 
 from deltaspec.options import AnalyzeOptions, CompareOptions, ExtractOptions, RankOptions
 from deltaspec.store.formats import adapter, comparison, run, training
-from deltaspec.types import SourceIdentity, WeightedSource
 from deltaspec.workflows.analysis.analyze import analyze
 from deltaspec.workflows.analysis.trajectory import trajectory
 from deltaspec.workflows.comparison.compare import compare
 from deltaspec.workflows.extraction.combine import combine
 from deltaspec.workflows.extraction.extract import extract
 from deltaspec.workflows.merging.merge import merge
-from tests.archives.test_archives import described
 from tests.workflows.training.train_case import CLASSES, write_case
 from tests.workflows.training.train_case import run as teach
 
@@ -112,20 +110,6 @@ def test_adapters_and_a_merge(root, tmp_path):
     check(read(tmp_path / "half" / "deltaspec.json"), adapter.AdapterReport)
     merge(root / "bert", [tmp_path / "rank"], tmp_path / "merged")
     check(read(tmp_path / "merged" / "deltaspec.json"), adapter.MergedReport)
-
-
-def names(kind):
-    """Every key of a TypedDict and of what is in it, sources apart, which another page describes."""
-    if typing.is_typeddict(kind) and kind not in (SourceIdentity, WeightedSource):
-        for name, hint in typing.get_type_hints(kind).items():
-            yield name
-            yield from names(hint)
-    for inside in typing.get_args(kind):
-        yield from names(inside)
-
-
-def test_the_page_of_merges_describes_every_field():
-    assert described("format_merged.md")[0] - {"weight"} == set(names(adapter.MergedReport))
 
 
 def test_a_comparison(root, tmp_path):

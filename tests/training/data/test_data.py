@@ -154,13 +154,14 @@ def test_hub_ids_name_config_and_split_and_fail_in_one_sentence_offline(tmp_path
     asked = []
     found = datasets.Dataset.from_dict({"text": TEXTS, "label": CLASSES})
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # whatever is set where the tests run
     monkeypatch.setattr(data_rows.hub, "ask", lambda question: asked.append("hub"))
     with monkeypatch.context() as patch:
         patch.setattr(datasets, "load_dataset", lambda *ref, split: asked.append((*ref, split)) or found)
         for ref in ("owner/name", "owner/name:test", "owner/name:main/test"):
             assert read_table(ref, DataOptions()).texts == TEXTS
     wanted = [("owner/name", None, "train"), ("owner/name", None, "test"), ("owner/name", "main", "test")]
-    assert asked[1::2] == wanted
+    assert (asked[::2], asked[1::2]) == (["hub"] * 3, wanted)
 
     def fail(question):
         raise OSError("no route")

@@ -244,13 +244,13 @@ def make_peft(method, name, folder):
     return model
 
 
-def peft_logits(model, mask):
+def peft_logits(model, mask, ids=IDS):
     """What PEFT gives; its own steps where it looks for the cache's name of before transformers 5.24 and refuses."""
     if model.peft_type != "PREFIX_TUNING" or not hasattr(model.base_model, "classifier"):
-        return model(input_ids=IDS, attention_mask=mask).logits
+        return model(input_ids=ids, attention_mask=mask).logits
     mask = None if mask is None else torch.cat([mask.new_ones(2, 3), mask], dim=1)
     taken = cache_argument(model.base_model.bert)
-    pooled = model.base_model.bert(input_ids=IDS, attention_mask=mask, **{taken: model.get_prompt(2)})[1]
+    pooled = model.base_model.bert(input_ids=ids, attention_mask=mask, **{taken: model.get_prompt(2)})[1]
     return model.base_model.classifier(pooled)
 
 

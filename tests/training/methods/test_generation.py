@@ -7,14 +7,14 @@ import peft
 import pytest
 import torch
 import transformers
-from deltaspec.training.methods.kept_keys import cache_argument, holders, mark_caches, take_cache
 from safetensors.torch import load_file, save_file
-from tests.training.test_activation_methods import CHECKPOINTED, RENAMED, attach, perturb
 from torch import nn
 
 from deltaspec.errors import OptionError
+from deltaspec.training.methods.virtual_tokens.kept_keys import cache_argument, holders, mark_caches, take_cache
 from deltaspec.training.stored.adapter_format import adapter_config, adapter_tensors, attach_stored
 from tests.tiny_models import build
+from tests.training.methods.test_activation_methods import CHECKPOINTED, RENAMED, attach, perturb
 
 IDS = torch.tensor([[0, 0, 7, 9, 5], [2, 8, 5, 6, 11]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
