@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from deltaspec.architecture.patterns import EXPERT, Entry, Family, load_families, select_families
+from deltaspec.architecture.patterns import EXPERT, Family, RoleEntry, load_families, select_families
 from deltaspec.architecture.sizes import Sizes, read_model_types, read_sizes
 from deltaspec.architecture.views import alternating_parts, attention_parts, equal_parts, whole
 from deltaspec.types import KnownMatrix, MatrixKey, Shape, View
@@ -98,7 +98,7 @@ def _coverage(cases: list[tuple[str, Shape]], families: Sequence[Family], *, siz
     return covered
 
 
-def _find_entry(name: str, shape: Shape, *, families: Sequence[Family]) -> tuple[Family, Entry] | None:
+def _find_entry(name: str, shape: Shape, *, families: Sequence[Family]) -> tuple[Family, RoleEntry] | None:
     """Return the first family that knows the name; one that knows it as a single matrix does not know a stack."""
     stacked = _is_stack(name, shape)
     entries = ((family, entry) for family in families if (entry := family.find(name)))
@@ -126,12 +126,12 @@ def _identify_matrices(
         family, entry = found
         key = family.place(name)
         return _read(shape, entry, key=key, sizes=vision if key.stack == "vision" else text)
-    entry = replace(generic.find(name) or Entry("other"), experts=_is_stack(name, shape))
+    entry = replace(generic.find(name) or RoleEntry("other"), experts=_is_stack(name, shape))
     guesses = _read(shape, entry, key=generic.place(name), sizes=Sizes())
     return tuple(replace(guess, guessed=True) for guess in guesses)
 
 
-def _read(shape: Shape, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[KnownMatrix, ...]:
+def _read(shape: Shape, entry: RoleEntry, *, key: MatrixKey, sizes: Sizes) -> tuple[KnownMatrix, ...]:
     if not entry.experts:
         return _split(whole(shape, transposed=entry.transposed), entry, key=key, sizes=sizes)
     if len(shape) != 3:
@@ -146,7 +146,7 @@ def _read(shape: Shape, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[
     return tuple(_of_expert(matrix, expert) for expert in range(shape[0]) for matrix in found)
 
 
-def _split(view: View, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[KnownMatrix, ...]:
+def _split(view: View, entry: RoleEntry, *, key: MatrixKey, sizes: Sizes) -> tuple[KnownMatrix, ...]:
     if not entry.parts:
         return (KnownMatrix(replace(key, role=entry.role), view),)
     views = _part_views(view, entry, sizes=sizes)
@@ -160,7 +160,7 @@ def _split(view: View, entry: Entry, *, key: MatrixKey, sizes: Sizes) -> tuple[K
     return tuple(KnownMatrix(replace(key, part=role, role=role), part, guessed=guessed) for role, part in parts)
 
 
-def _part_views(view: View, entry: Entry, *, sizes: Sizes) -> tuple[View, ...]:
+def _part_views(view: View, entry: RoleEntry, *, sizes: Sizes) -> tuple[View, ...]:
     rows, d_in = view.shape
     count = len(entry.parts)
     if entry.layout == "alternating":

@@ -19,7 +19,7 @@ LONGEST_ENDING = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RoleEntry:
     """One line of a family's role table; see the head of patterns.toml."""
 
     role: str = ""
@@ -42,9 +42,9 @@ class Family:
     model_types: frozenset[str]
     depth: re.Pattern[str]
     stacks: tuple[tuple[str, re.Pattern[str]], ...]
-    roles: dict[str, Entry]
+    roles: dict[str, RoleEntry]
 
-    def find(self, name: str) -> Entry | None:
+    def find(self, name: str) -> RoleEntry | None:
         """Return the entry of the longest known ending of a tensor's name."""
         return next((self.roles[ending] for ending in _list_endings(name) if ending in self.roles), None)
 
@@ -87,7 +87,7 @@ def _compile_family(name: str, block: dict[str, Any]) -> Family:
     entries = {}
     for ending, value in block["roles"].items():
         fields = {"role": value} if isinstance(value, str) else value
-        entries[ending] = Entry(**{**fields, "parts": tuple(fields.get("parts", ()))})
+        entries[ending] = RoleEntry(**{**fields, "parts": tuple(fields.get("parts", ()))})
     stacks = tuple((stack, re.compile(pattern)) for stack, pattern in block.get("stacks", {}).items())
     return Family(name, frozenset(block["model_types"]), re.compile(block["depth"]), stacks, entries)
 

@@ -194,7 +194,7 @@ def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptio
         reason = "stored whole in an adapter (modules_to_save): compare the merged checkpoints for it"
         plan.skip(name, NoteKind.WHOLE, reason)
     for path in sorted({*base.biases, *tuned.biases}, key=natural_order):
-        plan.skip(f"{path}.bias", NoteKind.WHOLE, "an adapter's bias: compare the merged checkpoints for it")
+        plan.skip(f"{path}.bias", NoteKind.FACTORS, "an adapter's bias: compare the merged checkpoints for it")
     return plan
 
 

@@ -109,6 +109,7 @@ def measure(evidence: Evidence) -> dict[str, Value]:
     Examples
     --------
     >>> import torch
+    >>> from deltaspec.types import Spectrum
     >>> spectrum = Spectrum(torch.tensor([4.0, 3.0]).double(), (2, 2), 25.0, "by hand", 0.0)
     >>> found = measure(Evidence(spectrum, base_norm=50.0))
     >>> found["frobenius_norm"], found["relative_norm"], found["stable_rank"], found["rank_90"]

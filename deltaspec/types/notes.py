@@ -18,6 +18,7 @@ class NoteKind(StrEnum):
     TIED = "tied"  # a tensor is another one under a second name
     LAYOUT = "layout"  # an adapter holds a tensor in a layout in which it cannot be merged
     WHOLE = "whole"  # an adapter holds a tensor whole, beside its factors
+    FACTORS = "factors"  # an adapter's factors or bias, where a matrix or vector itself is wanted
     ONE_SIDED = "one-sided"  # only one side has a tensor
     UNTOUCHED = "untouched"  # how much of the base an adapter leaves as it is
     GROWN = "grown"  # rows of a vocabulary that only the tuned side has

@@ -111,7 +111,7 @@ class MergeLoss(TypedDict):
     """How much of an update rounding lost, and the share of elements that it left as they were."""
 
     relative_loss: float | None
-    unchanged_fraction: float | None
+    unchanged_fraction: float
 
 
 class MergedSums(TypedDict):

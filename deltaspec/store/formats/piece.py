@@ -15,7 +15,7 @@ class LabelRow(TypedDict):
     weighted_optimum: NotRequired[float]
 
 
-class MatrixRow(TypedDict):
+class FactorisedRow(TypedDict):
     """One factorised matrix, with its results by label; other fields as of FactorsRow.
 
     ``wanted`` is what was asked for: a piece that answers something else is computed again.

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 from deltaspec.types import PlainFields, SourceIdentity
 
 
-class SourceNames(TypedDict):
+class DataOrigins(TypedDict):
     """Where a training's data came from: files or hub ids, None where there are none."""
 
     train: str
@@ -27,7 +27,7 @@ class DataReport(TypedDict):
     cut: bool
     seed: int
     names: list[str]
-    sources: SourceNames
+    sources: DataOrigins
     forget_options: PlainFields | None
     sha256: str
 

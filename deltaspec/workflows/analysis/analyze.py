@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from deltaspec.errors import PairingError
 from deltaspec.io.open import identify_source, open_plain, open_source
@@ -13,6 +12,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
 from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
+from deltaspec.store.formats.run import RunContent
 from deltaspec.store.run import Run
 from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
 from deltaspec.workflows.analysis.stored_matrix import Task, analyze_matrix, memory_of
@@ -123,13 +123,8 @@ def analyze(
     return analyze_against(Base(base), tuned, out, Execution(options or AnalyzeOptions(), progress))
 
 
-def analyze_against(
-    base: Base,
-    tuned: str | Path,
-    out: str | Path | None,
-    execution: Execution,
-) -> Run:
-    """Do what ``analyze`` does, with a base that is open, whose norms are kept for the next.
+def analyze_against(base: Base, tuned: str | Path, out: str | Path | None, execution: Execution) -> Run:
+    """Do what ``analyze`` does, with a base that is open; of an adapter, the base's norms are kept for the next.
 
     Parameters
     ----------
@@ -144,25 +139,33 @@ def analyze_against(
             analyze_attached,  # training's rooms load for such adapters only
         )
 
-        return analyze_attached(base, second, out, execution)
+        run = analyze_attached(base, second, out, execution)
+        _keep_norms(
+            base.running_norms, run, {record.store_key for record in run.records if record.spectrum_of == "delta"}
+        )
+        return run
     plan = pair_sources(base.source, second, options)
     tasks = _make_tasks(plan, options)
     manifest = _manifest(plan, base.source, second, options, tasks)
-    run = Run.create_or_resume(out or default_path(manifest), manifest)
+    run = Run.create_or_resume(out or default_path(manifest["base"], manifest["tuned"], manifest["options"]), manifest)
     with writing(run):
         compare_vectors(plan, run)
         compute = partial(analyze_matrix, options=options, norms=dict(base.norms))
         fill_run(run, tasks, compute, cost=partial(memory_of, options=options), execution=execution)
     finished = Run.load(run.path)
-    of_factors = {str(pair.key) for pair in plan.pairs if isinstance(pair.tuned, LowRankSource)}
-    for record in finished.records:
-        norm = record.metrics.get("base_norm")
-        if record.store_key in of_factors and norm is not None:
-            base.norms[record.store_key] = float(norm)
+    _keep_norms(base.norms, finished, {str(pair.key) for pair in plan.pairs if isinstance(pair.tuned, LowRankSource)})
     return finished
 
 
-def _manifest(plan: Plan, base: Opened, tuned: Opened, options: AnalyzeOptions, tasks: list[Task]) -> dict[str, Any]:
+def _keep_norms(norms: dict[str, float], run: Run, keys: set[str]) -> None:
+    """Keep ‖W‖ of the base's matrices, by key: nothing else of an adapter's analysis reads the base."""
+    for record in run.records if keys else ():
+        norm = record.metrics.get("base_norm")
+        if record.store_key in keys and norm is not None:
+            norms[record.store_key] = float(norm)
+
+
+def _manifest(plan: Plan, base: Opened, tuned: Opened, options: AnalyzeOptions, tasks: list[Task]) -> RunContent:
     return {
         "base": identify_source(base),
         "tuned": identify_source(tuned),
@@ -183,7 +186,7 @@ def _make_tasks(plan: Plan, options: AnalyzeOptions) -> list[Task]:
             task = Task(pair, of)
             if of != "delta" and isinstance(pair.base if of == "base" else pair.tuned, LowRankSource):
                 reason = "stored as factors alone: analyse the merged checkpoint for it"
-                plan.skip(task.store_key, NoteKind.WHOLE, reason)
+                plan.skip(task.store_key, NoteKind.FACTORS, reason)
             elif task.store_key in tasks:
                 message = f"Two matrices would be stored as '{task.store_key}': leave one out with --exclude."
                 raise PairingError(message)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from deltaspec.store.run import Run
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import identify_parameters, list_modules
 from deltaspec.training.stored.adapter_format import attach_stored, name_method
-from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Note, NoteKind
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Note, NoteKind, SourceIdentity
 from deltaspec.workflows.analysis.attached_matrix import list_pieces
 from deltaspec.workflows.analysis.live import Sides, refuse_activations, run_live
 from deltaspec.workflows.shared.fill_run import Execution
@@ -42,7 +41,7 @@ class Attached:
 
     attachment: Attachment
     names: dict[str, str]
-    tuned: dict[str, Any]
+    tuned: SourceIdentity
     notes: list[Note]
     whole: list[Note]
 
@@ -65,8 +64,8 @@ def analyze_attached(base: Base, adapter: ForeignAdapter, out: str | Path | None
     found = attach_adapter(base, adapter, name="analysed")
     try:
         identity = identify_source(base.source)
-        sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.norms))
-        path = out or default_path({"base": sides.base, "tuned": sides.tuned, "options": execution.options.identity()})
+        sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.running_norms))
+        path = out or default_path(sides.base, sides.tuned, execution.options.identity())
         return run_live(found.attachment, path, sides, execution)
     finally:
         found.attachment.detach()

@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deltaspec.errors import PairingError
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.plan import Plan, chosen
-from deltaspec.store.formats.run import VectorRow
+from deltaspec.store.formats.run import RunContent, VectorRow
 from deltaspec.store.run import Run
 from deltaspec.training.methods import METHODS
 from deltaspec.training.methods.base_weights.own import BaseAttachment
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import base_bias, identify_parameters, module_at
-from deltaspec.types import Note, Step
+from deltaspec.types import Note, SourceIdentity, Step
 from deltaspec.workflows.analysis.attached_matrix import LiveTask, analyze_site, base_weight, list_pieces, norm_of
 from deltaspec.workflows.shared.fill_run import Execution, fill_run
 from deltaspec.workflows.shared.run_names import describe_environment, writing
@@ -35,11 +34,12 @@ from deltaspec.workflows.shared.vector_changes import describe_change
 class Sides:
     """What a manifest says of a live analysis; ``names`` maps a running model's tensors to the base's own names.
 
-    ``norms`` are those of the base's matrices, by key, that are known already.
+    ``norms`` are those of the running model's matrices, by key, that are known already; never those that were summed
+    from files, whose last digit may be another.
     """
 
-    base: Mapping[str, Any]
-    tuned: Mapping[str, Any]
+    base: SourceIdentity
+    tuned: SourceIdentity
     names: Mapping[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
     skipped: list[Note] = field(default_factory=list)
@@ -112,7 +112,7 @@ def run_live(attachment: Attachment, out: str | Path, sides: Sides, execution: E
     if not tasks and not rows:
         message = f"--include and --exclude leave nothing of what {attachment.method} changes: loosen them."
         raise PairingError(message)
-    manifest = {
+    manifest: RunContent = {
         "base": sides.base,
         "tuned": sides.tuned,
         "options": options.identity(),
@@ -183,9 +183,12 @@ def _identify(attachment: Attachment) -> Sides:
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     model, base = attachment.model, hashlib.sha256(json.dumps(norms, sort_keys=True).encode())
     ref = str(getattr(getattr(model, "config", None), "_name_or_path", "")) or type(model).__name__
-    method = {"live": True, "method": attachment.method, "method_options": asdict(attachment.options)}
-    return Sides(
-        {"ref": ref, "revision": None, "files": {"matrices": base.hexdigest()[:32]}},
-        {"ref": f"{attachment.method} on {ref}", "revision": None, "files": {"state": state.hexdigest()[:32]}} | method,
-        norms=norms,
-    )
+    tuned: SourceIdentity = {
+        "ref": f"{attachment.method} on {ref}",
+        "revision": None,
+        "files": {"state": state.hexdigest()[:32]},
+        "live": True,
+        "method": attachment.method,
+        "method_options": asdict(attachment.options),
+    }
+    return Sides({"ref": ref, "revision": None, "files": {"matrices": base.hexdigest()[:32]}}, tuned, norms=norms)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltaspec.io.staging import Staging
 from deltaspec.store.formats.adapter import AdapterReport
-from deltaspec.store.formats.piece import MatrixRow
+from deltaspec.store.formats.piece import FactorisedRow
 from deltaspec.store.pieces import Pieces
 from deltaspec.workflows.extraction.adapter_folder import write_adapters
 from deltaspec.workflows.extraction.budget_ranks import spend
@@ -38,7 +38,7 @@ def build_adapters(
     spending = spend(sources, options, workers, Pieces(staging.path / "spectra"))
     pieces = Pieces(staging.path / "factors")
 
-    def compute(job: Job, device: torch.device) -> tuple[MatrixRow, dict[str, Tensor]]:
+    def compute(job: Job, device: torch.device) -> tuple[FactorisedRow, dict[str, Tensor]]:
         return factorise(job, options.ranks, device)
 
     rows = fill_pieces(_list_jobs(extraction, spending), pieces, compute, workers)

@@ -141,7 +141,7 @@ def _fill(model: Any, reading: Reading, inputs: Inputs, *, memory: int, progress
     headway = Headway(len(inputs.parts), reading.tokens * len(groups), progress)
     headway.skip(len(inputs.parts) - sum(map(len, groups)))
     for group in groups:
-        leaders = {layer.name for layer in group}
+        leaders = [layer.name for layer in group]
         followers = [layer for layer in inputs.layers if inputs.aliases.get(layer.name) in leaders]
         sums = LayerSums(group, inputs.aliases, device=reading.device)
         with torch.inference_mode(), listening([*group, *followers], sums.add):
@@ -149,8 +149,8 @@ def _fill(model: Any, reading: Reading, inputs: Inputs, *, memory: int, progress
                 sums.begin(batch)
                 run_model(model, batch, device=reading.device)
                 headway.add(0, work=batch.ids.numel())
-        for name, matrix in sums.take():
-            write_part(inputs.parts[name], matrix.cpu())
+        for name in leaders:
+            write_part(inputs.parts[name], sums.take(name).cpu())  # in no variable, which would outlive the loop
         headway.skip(len(group))
 
 

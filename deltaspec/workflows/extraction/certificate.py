@@ -12,7 +12,7 @@ from pathlib import Path
 from deltaspec.files.tensor_reader import list_tensors
 from deltaspec.io.peft_layout import lay_out
 from deltaspec.store.formats.adapter import AdapterReport, AdapterTotals, FactorsRow, NotCarried
-from deltaspec.store.formats.piece import MatrixRow
+from deltaspec.store.formats.piece import FactorisedRow
 from deltaspec.types import AdapterModule, NoteKind
 from deltaspec.workflows.extraction.model_card import render_card
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
@@ -100,7 +100,7 @@ def _grown(assembly: Assembly, whole: Sequence[str]) -> dict[str, int]:
     return {n: s.shape[0] for n, s in tensors.items() if n in base and s.shape[:1] > base[n].shape[:1]}
 
 
-def _flatten(row: MatrixRow, label: str) -> FactorsRow:
+def _flatten(row: FactorisedRow, label: str) -> FactorsRow:
     """One matrix's row with its results for one adapter."""
     kept = {name: value for name, value in row.items() if name not in ("results", "wanted", "seconds")}
     return {**kept, **row["results"][label]}  # type: ignore[typeddict-item]

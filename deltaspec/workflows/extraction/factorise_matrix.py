@@ -22,7 +22,7 @@ from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate, truncate_product
 from deltaspec.options import RankOptions
 from deltaspec.spectra.noise import edge_of_rounding
-from deltaspec.store.formats.piece import LabelRow, MatrixRow
+from deltaspec.store.formats.piece import FactorisedRow, LabelRow
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, Truncation, WeightPair
 from deltaspec.workflows.shared.non_finite import locate
 
@@ -71,12 +71,12 @@ def name_factors(label: str) -> tuple[str, str]:
     return f"{label}.lora_A", f"{label}.lora_B"
 
 
-def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[MatrixRow, dict[str, Tensor]]:
+def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[FactorisedRow, dict[str, Tensor]]:
     """Truncate one matrix, and measure the factors that will be stored.
 
     Returns
     -------
-    row : MatrixRow
+    row : FactorisedRow
     tensors : dict
         Both factors for each label, in the adapter's dtype, under the names of ``name_factors``.
 
@@ -94,7 +94,7 @@ def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[Matri
     except NumericalError as cause:
         raise locate(job.pair, job.key, cause) from cause
     key = job.pair.key
-    row: MatrixRow = {
+    row: FactorisedRow = {
         "matrix": job.key,
         "tensor": key.tensor,
         "part": key.part,
@@ -116,7 +116,7 @@ def factorise(job: Job, ranks: RankOptions, device: torch.device) -> tuple[Matri
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """Factors by label, and what is said of them; fields as of Factorised."""
+    """Factors by label, and what is said of them; fields as of FactorisedRow."""
 
     energy: float
     method: str

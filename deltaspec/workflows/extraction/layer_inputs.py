@@ -163,10 +163,9 @@ class LayerSums:
         except NumericalError as cause:
             raise NumericalError(self._name_line(layer, x)) from cause
 
-    def take(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield S of each layer that is no alias, (d_in, d_in), the upper triangle; it is let go of then."""
-        for name in list(self._sums):
-            yield name, self._sums.pop(name).result()
+    def take(self, name: str) -> Tensor:
+        """Return S of a layer that is no alias, (d_in, d_in), the upper triangle, and let go of it."""
+        return self._sums.pop(name).result()
 
     def _name_line(self, layer: Layer, x: Tensor) -> str:
         """Name the layer, and the line of the first sequence whose input is not finite."""

@@ -13,11 +13,11 @@ from deltaspec.io.moments import Moments
 from deltaspec.options import ExtractOptions
 from deltaspec.pairing.plan import Plan
 from deltaspec.store.formats.adapter import BudgetReport, ExtractionIdentity
-from deltaspec.store.formats.piece import MatrixRow
+from deltaspec.store.formats.piece import FactorisedRow
 from deltaspec.store.pieces import Pieces
 from deltaspec.types import Checkpoint, ModulePair, NoteKind, Opened, TensorSpec
 
-Finished = Mapping[str, MatrixRow]
+Finished = Mapping[str, FactorisedRow]
 """Finished matrices by their key."""
 
 

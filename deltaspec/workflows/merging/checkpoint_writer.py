@@ -52,7 +52,7 @@ class Rewrite:
         return Entry(name, change.shape, dtype, partial(merge_tensor, change, dtype=DTYPES[dtype].torch, found=found))
 
 
-def lay_out(rewrite: Rewrite, out: Path) -> Files:
+def assign_files(rewrite: Rewrite, out: Path) -> Files:
     """Say which file of the result holds what: the base's own files, new tensors in the last of them.
 
     Raises
@@ -85,7 +85,7 @@ def write_files(
     ----------
     rewrite : Rewrite
     files : dict
-        From ``lay_out``.
+        From ``assign_files``.
     folder : Path
     reports : Path
         A folder that keeps each file's rows: what tells that it is finished.

@@ -18,7 +18,7 @@ from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
 from deltaspec.store.formats.adapter import MergeIdentity
 from deltaspec.types import AdapterIndex, Checkpoint, Step
-from deltaspec.workflows.merging.checkpoint_writer import Files, Rewrite, lay_out, write_beside, write_files
+from deltaspec.workflows.merging.checkpoint_writer import Files, Rewrite, assign_files, write_beside, write_files
 from deltaspec.workflows.merging.collect_changes import collect_changes
 from deltaspec.workflows.merging.report import MergeReport
 
@@ -60,7 +60,7 @@ def merge(
     dtype = (options or MergeOptions()).dtype
     source, given = _open(base, adapters, dtype)
     rewrite = Rewrite(source, collect_changes(source, given), dtype)
-    facts, files, inputs = _describe(source, given, dtype), lay_out(rewrite, Path(out)), _list_files(source, given)
+    facts, files, inputs = _describe(source, given, dtype), assign_files(rewrite, Path(out)), _list_files(source, given)
     with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
         rows = write_files(rewrite, files, staging.path / "built", staging.path / "rows", progress=progress)
         report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))

@@ -29,7 +29,8 @@ class Base:
     def __init__(self, ref: str | Path) -> None:
         self.ref = ref
         self.source: Opened = open_plain(ref)
-        self.norms: dict[str, float] = {}
+        self.norms: dict[str, float] = {}  # of stored matrices, by key, as they become known
+        self.running_norms: dict[str, float] = {}  # of the running model's; their last digit may be another
         self._model: Any = None
 
     def run(self) -> Any:

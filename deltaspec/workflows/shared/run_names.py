@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from deltaspec.store.formats.run import Environment
 from deltaspec.store.run import Run, unwritable
+from deltaspec.types import PlainFields, SourceIdentity
 
 
 def describe_environment() -> Environment:
@@ -39,9 +39,9 @@ def writing(run: Run) -> Iterator[None]:
         raise unwritable(run.path, cause) from cause
 
 
-def default_path(manifest: dict[str, Any]) -> Path:
+def default_path(base: SourceIdentity, tuned: SourceIdentity, options: PlainFields) -> Path:
     """Name a run directory after both sides, with a hash of contents and options, so that two never collide."""
-    names = [str(manifest[side]["ref"]).rstrip("/").split("/")[-1] or "model" for side in ("base", "tuned")]
-    identity = [manifest["base"]["files"], manifest["tuned"]["files"], manifest["options"]]
+    names = [side["ref"].rstrip("/").split("/")[-1] or "model" for side in (base, tuned)]
+    identity = [base["files"], tuned["files"], options]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     return Path("runs") / f"{names[0]}--{names[1]}-{digest}"

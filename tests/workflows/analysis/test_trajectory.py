@@ -22,6 +22,7 @@ from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.attachment import freeze
 from deltaspec.training.sites.model_sites import list_sites
 from deltaspec.workflows.analysis import analyze as analysis
+from deltaspec.workflows.analysis import attached_matrix, stored_matrix
 from deltaspec.workflows.analysis.analyze import analyze
 from deltaspec.workflows.analysis.training_steps import find_checkpoints
 from deltaspec.workflows.analysis.trajectory import trajectory
@@ -216,7 +217,10 @@ def test_a_training_folder_stands_for_its_checkpoints_and_its_end(training, tmp_
 
 
 @pytest.mark.parametrize("method", ["lora", "vera"])
-def test_adapter_checkpoints_of_a_training(tmp_path, method):
+def test_adapter_checkpoints_of_a_training(tmp_path, method, monkeypatch):
+    room, name = (attached_matrix, "norm_of") if method == "vera" else (stored_matrix, "_norm_of")
+    asked, original = [], getattr(room, name)
+    monkeypatch.setattr(room, name, lambda *given: (asked.append(given), original(*given))[1])
     base = tiny_models.save(tiny_models.build("llama"), tmp_path / "base")
     model = tiny_models.build("llama")
     freeze(model)
@@ -232,6 +236,7 @@ def test_adapter_checkpoints_of_a_training(tmp_path, method):
     folder = write_training(tmp_path / "out", base, {10: 0.1, 20: 0.2}, report={"results": {}}, save=save)
     found = trajectory(base, [folder], tmp_path / "t", options=CPU)
     assert found.steps == [10, 20]
+    assert len(asked) == 4  # norms of the base are those of the step before
     first, second = ({r.store_key: r.metrics["frobenius_norm"] for r in run.records} for run in found.runs)
     assert len(first) == 4
     assert all(second[key] == pytest.approx(4 * first[key], rel=1e-6) for key in first)  # both factors doubled
