@@ -55,7 +55,9 @@ def render_counts(counts: Counts) -> str:
     note, left_out = "", describe_left_out(counts.left_out)
     if counts.method == "vblora" and counts.released > counts.stored:
         note = f"Note: stored counts what --save-topk releases; released without it, it holds {counts.released:,}."
-    return "\n\n".join(filter(None, [_align(rows, right={1, 3}), _align(sums, right={1}), note, left_out]))
+    return "\n\n".join(
+        filter(None, [_align(rows, right={1, 3}), _align(sums, right={1}), note, left_out and f"{left_out}."])
+    )
 
 
 def _align(rows: list[list[str]], *, right: set[int]) -> str:

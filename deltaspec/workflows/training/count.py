@@ -179,13 +179,13 @@ def _count_roles(attachment: Attachment) -> tuple[RoleCount, ...]:
 
 
 def describe_left_out(left_out: Iterable[LeftOut]) -> str:
-    """Say in one line what targets leave out, the same of all blocks together; "" where that is nothing.
+    """Say in one line without full stop what targets leave out, all blocks together; "" where that is nothing.
 
     Examples
     --------
     >>> left = [LeftOut(f"h.{n}.experts", (4, 8, 2), ("up_proj",), n, "experts stacked") for n in range(3)]
     >>> describe_left_out(left)
-    'Left out: 192 parameters, in h.*.experts (3 of 4 × 8 × 2): experts stacked.'
+    'Left out: 192 parameters, in h.*.experts (3 of 4 × 8 × 2): experts stacked'
     """
     alike: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for one in left_out:
@@ -197,7 +197,7 @@ def describe_left_out(left_out: Iterable[LeftOut]) -> str:
         said.setdefault(reason, []).append(f"{pattern} ({number} of {' × '.join(map(str, shape))})")
     total = sum(number * math.prod(shape) for (_, _, shape), number in alike.items())
     text = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in said.items())
-    return f"Left out: {total:,} parameters, in {text}." if text else ""
+    return f"Left out: {total:,} parameters, in {text}" if text else ""
 
 
 def counts_to_json(counts: Counts) -> dict[str, Any]:

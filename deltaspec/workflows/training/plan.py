@@ -109,7 +109,7 @@ def list_notes(plan: TrainingPlan, *, device: torch.device) -> Iterator[str]:
         if examples and examples.skipped:
             yield f"{examples.skipped} empty texts ({name}) were skipped"
     if left_out := describe_left_out(plan.counts.left_out):
-        yield left_out.removesuffix(".")
+        yield left_out
 
 
 def _check_merge(method: str, options: MethodOptions, model: nn.Module, sites: Sequence[Site]) -> None:
