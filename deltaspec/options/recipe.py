@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deltaspec.errors import OptionError
 from deltaspec.options.option import documented, option
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 
@@ -55,3 +56,20 @@ class Recipe:
     loop: LoopOptions = field(default_factory=LoopOptions, metadata={"about": "Steps, batches and learning rate."})
     rates: Sequence[float] = option((), "Learning rates to train with one after another, instead of loop.lr.")
     run: RunOptions = field(default_factory=RunOptions, metadata={"about": "Where it runs, and what it leaves behind."})
+
+
+def check_recipe(given: object) -> Recipe:
+    """Return a recipe as it is; whatever else is given, as to 0.1.0, is refused with how it is written now.
+
+    Raises
+    ------
+    OptionError
+        If it is no Recipe.
+    """
+    if not isinstance(given, Recipe):
+        message = (
+            f"Expected a deltaspec.Recipe, found {given!r}: since 0.2.0 method, data and options go into one, as in "
+            "deltaspec.train(base, out, deltaspec.Recipe(deltaspec.DataSources('train.csv'), method='lora'))."
+        )
+        raise OptionError(message)
+    return given

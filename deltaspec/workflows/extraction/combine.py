@@ -77,7 +77,7 @@ def combine(
 
 
 @dataclass(frozen=True, slots=True)
-class _Added:
+class _Sum:
     """The adapters, the base where it was named, their sum, and what is made of it."""
 
     indexes: list[AdapterIndex]
@@ -86,7 +86,7 @@ class _Added:
     extraction: Extraction
 
 
-def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | None, options: ExtractOptions) -> _Added:
+def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | None, options: ExtractOptions) -> _Sum:
     """Open and add up all adapters; of their factors nothing is read yet."""
     named, plan = _open_base(base), Plan()
     indexes = [_open(path, named, plan) for path, _ in adapters]
@@ -102,7 +102,7 @@ def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | N
     options = replace(options, form=replace(options.form, extras="all" if options.form.target == "peft" else "none"))
     identity: ExtractionIdentity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
     loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
-    return _Added(indexes, named, total, Extraction(sources, options, identity, loader=loader))
+    return _Sum(indexes, named, total, Extraction(sources, options, identity, loader=loader))
 
 
 def _base_of(indexes: Sequence[AdapterIndex], total: Total) -> Checkpoint:
@@ -120,7 +120,7 @@ def _any_bias(total: Total) -> bool:
     return any(bool(_sum(terms).any()) for terms in total.biases.values())
 
 
-def _rest(added: _Added, rows: Finished) -> Rest:
+def _rest(added: _Sum, rows: Finished) -> Rest:
     """Biases and tensors stored whole go along; a sum of nothing is refused."""
     total = added.total
     if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from deltaspec.architecture.roles import ORDER
 from deltaspec.errors import OptionError
-from deltaspec.options.recipe import OptionValue, Recipe
+from deltaspec.options.recipe import OptionValue, Recipe, check_recipe
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.methods import METHODS
 from deltaspec.training.sites.attachment import Attachment
@@ -88,7 +88,7 @@ def count(ref: str | Path, recipe: Recipe | None = None, *, task: str = "", labe
     MissingPackageError
         If transformers is not installed.
     """
-    recipe = recipe or Recipe()
+    recipe = Recipe() if recipe is None else check_recipe(recipe)
     chosen = make_options(recipe.method, recipe.method_options)
     model = build_skeleton(describe_skeleton(ref, task=task, labels=labels))
     sites = choose_method_sites(model, recipe.method, recipe.targets)

@@ -57,7 +57,7 @@ class TrainingPlan:
         return self.method.space == "base" or self.recipe.run.save == "full"
 
 
-def make_plan(base: str, recipe: Recipe) -> TrainingPlan:
+def plan_training(base: str, recipe: Recipe) -> TrainingPlan:
     """Read the data, and attach the method to the model without weights.
 
     Raises

@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from deltaspec.errors import NumericalError, OptionError
-from deltaspec.options.recipe import Recipe
+from deltaspec.options.recipe import Recipe, check_recipe
 from deltaspec.store.formats.training import Learned, RateRow, TrainingReport
 from deltaspec.store.training_folder import Folder
 from deltaspec.training.loop.steps import Tick
 from deltaspec.types.running import Accelerator
-from deltaspec.workflows.training.plan import TrainingPlan, make_plan
+from deltaspec.workflows.training.plan import TrainingPlan, plan_training
 from deltaspec.workflows.training.prepare_model import accelerated
 from deltaspec.workflows.training.session import Training
 
@@ -55,7 +55,7 @@ def train(
     -----
     Stopped and resumed on the same machine and versions, it gives the same weights bit for bit.
     """
-    plan = make_plan(str(base), recipe)
+    plan = plan_training(str(base), check_recipe(recipe))
     if recipe.rates:
         return _train_rates(plan, Path(out), overwrite=overwrite, progress=progress)
     return _train_one(plan, Path(out), overwrite=overwrite, progress=progress)

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import deltaspec
 from deltaspec.errors import CheckpointError, DeltaspecError, OptionError
 from deltaspec.files import tensor_reader
 from deltaspec.io import pickled
@@ -133,3 +134,12 @@ def test_a_recipe_without_data_is_for_counting_alone(root, tmp_path):
     with pytest.raises(OptionError, match=r"nothing to train on: pass a Recipe with sources"):
         train(root / "bert", tmp_path / "out", Recipe())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_call_as_of_0_1_0_says_how_it_is_written_now(tmp_path):
+    for call in (
+        lambda: deltaspec.train("base", "train.csv", tmp_path / "out"),
+        lambda: deltaspec.count("base", "lora"),
+    ):
+        with pytest.raises(OptionError, match=r"Expected a deltaspec\.Recipe, found .*since 0\.2\.0"):
+            call()
