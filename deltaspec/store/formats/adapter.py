@@ -31,10 +31,10 @@ class ModuleRow(TypedDict):
     bias: bool
 
 
-class FactorsRow(TypedDict):
-    """One matrix with factors: ``error`` and ``optimum`` are relative, of ‖ΔW‖; energies are squared norms.
+class DecomposedMatrix(TypedDict):
+    """One matrix's ΔW and how it was decomposed; energies are squared norms.
 
-    ``rounding_share`` is of a ΔW between checkpoints; ``weighted_*`` are as calibrated inputs see them.
+    ``rounding_share`` is of a ΔW between checkpoints.
     """
 
     matrix: str
@@ -48,12 +48,21 @@ class FactorsRow(TypedDict):
     method: str
     excess: float
     base_energy: float | None
+    rounding_share: NotRequired[float]
+
+
+class Approximation(TypedDict):
+    """Factors of one rank: ``error`` and ``optimum`` are relative, of ‖ΔW‖; ``weighted_*`` as calibrated inputs see."""
+
     rank: int
     error: float
     optimum: float
-    rounding_share: NotRequired[float]
     weighted_error: NotRequired[float]
     weighted_optimum: NotRequired[float]
+
+
+class FactorsRow(DecomposedMatrix, Approximation):
+    """One matrix with factors, as deltaspec.json lists it."""
 
 
 class NotCarried(TypedDict):

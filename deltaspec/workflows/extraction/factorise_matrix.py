@@ -22,7 +22,8 @@ from deltaspec.linalg.streamed import Streamed
 from deltaspec.linalg.truncated import truncate, truncate_product
 from deltaspec.options import RankOptions
 from deltaspec.spectra.noise import edge_of_rounding
-from deltaspec.store.formats.piece import FactorisedRow, LabelRow
+from deltaspec.store.formats.adapter import Approximation
+from deltaspec.store.formats.piece import FactorisedRow
 from deltaspec.types import LowRankDelta, LowRankSource, MatrixSource, Truncation, WeightPair
 from deltaspec.workflows.shared.non_finite import locate
 
@@ -121,7 +122,7 @@ class _Made:
     energy: float
     method: str
     excess: float
-    results: dict[str, LabelRow]
+    results: dict[str, Approximation]
     factors: dict[str, Factors]
     base_energy: float | None = None
     rounding_share: float | None = None
@@ -181,7 +182,7 @@ def _of_factors(job: Job, ranks: RankOptions, device: torch.device) -> _Made:
     return _Made(found.energy, found.method, found.excess, _results(found, chosen, errors), pairs, base_energy)
 
 
-def _results(found: Truncation, ranks: dict[str, int], errors: dict[str, float]) -> dict[str, LabelRow]:
+def _results(found: Truncation, ranks: dict[str, int], errors: dict[str, float]) -> dict[str, Approximation]:
     return {
         label: {"rank": rank, "error": errors[label], "optimum": optimum(found, rank)} for label, rank in ranks.items()
     }
