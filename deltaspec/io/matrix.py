@@ -77,7 +77,10 @@ class StoredMatrix:
         """Return stored values, and which rows and columns of the whole tensor they are."""
         ids = self._ids[rows]
         values = self._whole[:, columns]
-        values = values[ids] if self._start is None else values.narrow(0, self._start, self.shape[0])[rows]
+        if self._start is None:
+            values = values.index_select(0, ids)  # which torch has for fp8 too
+        else:
+            values = values.narrow(0, self._start, self.shape[0])[rows]
         return values, ids, torch.arange(self.shape[1])[columns]
 
     def _take(self, rows: slice, columns: slice) -> Tensor:

@@ -190,7 +190,9 @@ def test_mixed_precision(options: dict[str, Any]) -> None:
     attachment = move(start(model, "all,embed", **options), 0.05)
     wanted, exact = outputs(model), gradients(model, attachment)
     with torch.autocast("cpu", torch.bfloat16):
-        found, rough = outputs(model), gradients(model, attachment)
+        found = outputs(model)
+    with torch.autocast("cpu", torch.bfloat16):  # a block of its own: torch may reuse casts made without gradients
+        rough = gradients(model, attachment)
     assert float((found.float() - wanted).norm()) <= 2**-6 * float(wanted.norm())
     for name, gradient in rough.items():
         assert gradient.dtype == torch.float32

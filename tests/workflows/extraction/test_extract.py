@@ -108,7 +108,8 @@ def test_all_that_changed_is_kept_cut_or_listed(name, extras, tmp_path):
 
 def test_an_excluded_tensor_is_listed_also_where_names_differ_or_it_holds_nan(tmp_path):
     base, tuned = noisy_pair(tmp_path)
-    state = {f"wrapped.{name}": value for name, value in load_file(tuned / "model.safetensors").items()}
+    # Copies: what is loaded may lie in the file that is written over.
+    state = {f"wrapped.{name}": value.clone() for name, value in load_file(tuned / "model.safetensors").items()}
     write(tuned, state, FAMILIES["llama"].config)
     options = ExtractOptions(analysis=replace(CPU, exclude="mlp"))
     (report,) = extract(base, tuned, tmp_path / "out", options=options).values()
