@@ -20,7 +20,7 @@ make_environment() {
     rm -rf "$folder" # half made, or of other versions
     "$python" -m venv "$folder"
     local install=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints")
-    "${install[@]}" setuptools # builds deltaspec, in the version that the constraints say
+    "${install[@]}" --upgrade setuptools # builds deltaspec, in the version that the constraints say
     "${install[@]}" --no-build-isolation -e ".$extras"
     echo "$wanted" >"$stamp"
 }
