@@ -114,6 +114,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that importing deltaspec loads no torch."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("deltaspec")
     if name not in _HOMES:
         message = f"module 'deltaspec' has no attribute '{name}'"
         raise AttributeError(message)

@@ -52,5 +52,8 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as cause:
-        message = f"This needs the package '{module}', which is not installed: run pip install 'deltaspec[{extra}]'."
+        message = (
+            f"This needs the package '{module}', which is not installed: run pip install 'deltaspec[{extra}]', "
+            f"or pip install '.[{extra}]' in a clone."
+        )
         raise MissingPackageError(message) from cause

@@ -21,6 +21,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+import deltaspec
 from deltaspec.cli.help import help as help_command
 from deltaspec.cli.main import COMMANDS, cli
 from deltaspec.options import AnalyzeOptions
@@ -310,6 +311,28 @@ def test_an_unknown_topic_is_one_sentence_with_the_list():
     assert result.exit_code == 2
     assert "no page 'nothing'" in result.stderr and "numbers" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [("number", "did you mean 'numbers'?"), ("analyze", "'analyze' is a command, see deltaspec analyze --help")],
+)
+def test_an_unknown_topic_names_what_is_near(asked, said):
+    result = CliRunner().invoke(cli, ["help", asked])
+    assert result.exit_code == 2 and said in result.stderr
+
+
+@pytest.mark.parametrize("asked", ["NUMBERS", "numbers"])
+def test_a_topic_is_found_in_any_case(asked):
+    assert CliRunner().invoke(cli, ["help", asked]).stdout.startswith("# ")
+
+
+def test_generated_pages_have_a_short_name():
+    assert "METRICS" in CliRunner().invoke(cli, ["help", "metrics"]).stdout.splitlines()[0]
+
+
+def test_the_package_says_its_version():
+    assert deltaspec.__version__ == version("deltaspec")
 
 
 def test_one_version_everywhere():
