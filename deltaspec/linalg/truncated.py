@@ -191,11 +191,12 @@ def _nothing(shape: tuple[int, int], energy: float, values: Tensor | None = None
 @contextmanager
 def _without_tf32(device: torch.device) -> Iterator[None]:
     """Switch TensorFloat-32 products off where a program has switched them on."""
-    if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
+    products = torch.backends.cuda.matmul
+    if device.type != "cuda" or products.fp32_precision != "tf32":
         yield
         return
-    torch.backends.cuda.matmul.allow_tf32 = False
+    products.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        products.fp32_precision = "tf32"

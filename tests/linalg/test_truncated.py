@@ -273,6 +273,22 @@ def test_each_device_iterates_for_few_directions_only(device, most, monkeypatch)
         assert truncate(Streamed(lambda: iter(()), (900, 640), torch.device(device)), rank=rank) == way
 
 
+@pytest.mark.parametrize("switch", ["fp32_precision", "allow_tf32"])
+def test_a_gpu_cuts_without_tf32_and_leaves_it_on(switch, monkeypatch):
+    products, seen = torch.backends.cuda.matmul, []
+    before = products.fp32_precision
+    monkeypatch.setattr(truncated, "_by_iteration", lambda *_, **__: seen.append(products.fp32_precision) or seen)
+    try:
+        setattr(products, switch, "tf32" if switch == "fp32_precision" else True)
+        for device in ("cuda", "cpu"):
+            truncate(Streamed(lambda: iter(()), (900, 640), torch.device(device)), rank=4)
+            assert products.fp32_precision == "tf32"
+    finally:
+        products.allow_tf32 = False
+        products.fp32_precision = before
+    assert seen == ["ieee", "tf32"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rank", [4, 20, 100, lambda values: 8])
 @pytest.mark.parametrize("spectrum", SPECTRA)
