@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 SAME: dict[str, str] = {"0.2.0": "0.1.0"}
-"""Version → the first one that gives the same numbers and files; a version that changes any has no line."""
+"""Version → the first one that gives the same numbers, but for their last digits; one that changes any has no line."""
 
 
 def numbers_of(version: str) -> str:
