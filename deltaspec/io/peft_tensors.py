@@ -57,7 +57,7 @@ def _shapes(target: Target) -> tuple[Shape, Shape]:
     if module.kind == "stack":
         first, last = (d_out, d_in) if target.swapped else (d_in, d_out)
         return (rank * module.experts, first), (last, rank * module.experts)
-    return (rank, d_in), (d_out, rank)
+    return ((rank, d_out), (d_in, rank)) if target.swapped else ((rank, d_in), (d_out, rank))
 
 
 def _read(target: Target, side: int, shape: Shape, dtype: str) -> Tensor:
@@ -159,7 +159,7 @@ def _incomplete(names: Sequence[str], given: dict[str, Entry], layout: Layout) -
         stored = given[name].name if name in given else layout.running[name]
         place = layout.place(stored)[0]
         scaled = name not in given and layout.base.tensors[stored].scale
-        if scaled or place.parts > 1 or place.expert is not None:
+        if scaled or place.moved or place.parts > 1 or place.expert is not None:
             return f"its module also holds '{stored}', which the base stores in another form"
     return ""
 

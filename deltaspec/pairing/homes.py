@@ -7,20 +7,21 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification
-from deltaspec.architecture.running_names import Place, is_told, place_tensors
+from deltaspec.io.peft_layout import Layout
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import Checkpoint, LowRankSource, LowRankTerm, MatrixSource, View, WeightPair
+from deltaspec.types import LowRankSource, LowRankTerm, MatrixSource, Place, View, WeightPair
 
 Homes = dict[str, list[tuple[str, Place]]]
 
 
-def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
+def find_homes(layout: Layout, paths: Collection[str], plan: Plan) -> Homes:
     """Map what an adapter names to the base's tensors.
 
     Parameters
     ----------
-    base : Checkpoint
+    layout : Layout
+        Of the base.
     paths : collection of str
         Module paths, parameters' names and names of tensors stored whole.
     plan : Plan
@@ -30,22 +31,35 @@ def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
     -------
     dict
         Path → the base's tensors, each with its place in what the path names; paths that the base lacks are missing.
+        Names of the running model come first, for PEFT addresses those; then the stored ones.
     """
-    stored: Homes = {name: [(name, Place(name))] for name in base.tensors}
-    running: Homes = {}
-    for name, places in place_tensors(base.tensors, base.config).items():
-        for place in places:
-            running.setdefault(place.name, []).append((name, place))
+    running = _running(layout)
+    stored: Homes = {name: [(name, Place(name))] for name in layout.base.tensors}
     homes: Homes = {}
-    best = ""
+    for names in (running, stored):
+        wanted = {path if path in names else weight_of(path): path for path in paths}  # the last path of a name
+        homes |= {path: names[name] for name, path in wanted.items() if name in names and path not in homes}
+    if len(homes) == len(wanted):
+        return homes
+    best, most = "", len(homes)
     for names in (stored, running):
         wanted = {path if path in names else weight_of(path): path for path in paths}
         mapping, note = align_names(names, wanted)
-        if len(mapping) > len(homes):
-            homes, best = {wanted[mapped]: names[name] for name, mapped in mapping.items()}, note
+        if len(mapping) > most:
+            homes, best, most = {wanted[mapped]: names[name] for name, mapped in mapping.items()}, note, len(mapping)
     if best:
         plan.note(best)
     return homes
+
+
+def _running(layout: Layout) -> Homes:
+    """Map the running model's parameters to the tensors that hold their rows."""
+    running: Homes = {}
+    for name, places in layout.places.items():
+        for place in places:
+            if not place.moved:
+                running.setdefault(place.name, []).append((name, place))
+    return running
 
 
 def weight_of(path: str) -> str:
@@ -64,7 +78,7 @@ def factor_shape(term: LowRankTerm) -> tuple[int, int]:
 
 
 def pair_factors(
-    known: Identification, base: Checkpoint, name: str, *, term: LowRankTerm, home: list[tuple[str, Place]]
+    known: Identification, name: str, *, term: LowRankTerm, home: list[tuple[str, Place]], layout: Layout
 ) -> list[WeightPair]:
     """Pair each matrix of a tensor with its rows of a product, and its expert of a stack.
 
@@ -72,12 +86,12 @@ def pair_factors(
     ----------
     known : Identification
         Of the base.
-    base : Checkpoint
     name : str
         The base's tensor.
     term : LowRankTerm
     home : list of (str, Place)
         All tensors that the term changes, this one among them.
+    layout : Layout
 
     Returns
     -------
@@ -90,7 +104,8 @@ def pair_factors(
     first, place = found[0].view, dict(home)[name]
     height = sum(part.view.shape[0] for part in found if part.view.expert == first.expert)
     experts = {place.expert for _, place in home} if place.expert is not None else {p.view.expert for p in found}
-    turned = first.expert is not None and first.transposed and not is_told(base.config)
+    stack = first.expert is not None
+    turned = layout.swaps(name, transposed=first.transposed, stack=stack)
     rows = height * place.parts if place.expert is not None else height // place.parts
     shape = factor_shape(term)
     whole = (first.shape[1], rows) if turned else (rows, first.shape[1])
@@ -101,7 +116,7 @@ def pair_factors(
         view = _view(part.view, place, height, turned=turned)
         if view:
             source = LowRankSource((term,), view)
-            dense = MatrixSource(base.tensors[name], part.view)
+            dense = MatrixSource(layout.base.tensors[name], part.view)
             pairs.append(WeightPair(part.key, view.shape, dense, source, part.guessed))
     return pairs
 

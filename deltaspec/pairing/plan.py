@@ -35,7 +35,8 @@ class Plan:
 
     ``attached`` are matrices that an adapter changes once it is attached to the running base: keys with their shapes.
     ``excluded`` has both sides of those that only --include or --exclude keep out. ``heads`` are task heads of another
-    shape (another number of classes), left out: an adapter or a merge cannot do without them.
+    shape (another number of classes), left out: an adapter or a merge cannot do without them. ``twins`` are modules
+    that an adapter changes exactly as the weight that they share: nothing more to compare, but a merge must know.
     """
 
     pairs: list[WeightPair] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Plan:
     family: str = "generic"
     attached: list[tuple[MatrixKey, tuple[int, int]]] = field(default_factory=list)
     heads: list[Mismatch] = field(default_factory=list)
+    twins: list[WeightPair] = field(default_factory=list)
 
     def skip(self, name: str, kind: NoteKind, reason: str) -> None:
         """List a tensor that is not compared."""

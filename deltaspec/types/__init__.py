@@ -7,6 +7,7 @@ Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F
 from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
 from deltaspec.types.identity import PlainFields, SkippedTensor, SourceIdentity, WeightedSource
 from deltaspec.types.notes import Note, NoteKind
+from deltaspec.types.outline import Holder, Outline, Place
 from deltaspec.types.progress import Step
 from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectrum, Truncation
 from deltaspec.types.stored import (
@@ -31,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "Entry",
     "ForeignAdapter",
+    "Holder",
     "KnownMatrix",
     "LowRankDelta",
     "LowRankSource",
@@ -42,6 +44,8 @@ __all__ = [
     "Note",
     "NoteKind",
     "Opened",
+    "Outline",
+    "Place",
     "PlainFields",
     "Rounding",
     "Shape",

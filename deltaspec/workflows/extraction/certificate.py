@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deltaspec.files.tensor_reader import list_tensors
-from deltaspec.io.peft_layout import lay_out
+from deltaspec.io.lay_out import lay_out
 from deltaspec.store.formats.adapter import AdapterReport, AdapterTotals, FactorsRow, NotCarried
 from deltaspec.store.formats.piece import FactorisedRow
 from deltaspec.types import AdapterModule, NoteKind

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import DTYPES
-from deltaspec.io.peft_layout import lay_out
+from deltaspec.io.lay_out import lay_out
 from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows

@@ -63,7 +63,7 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
 def _add(changes: TensorChanges, added: _Added, base: Checkpoint) -> None:
     """Add one adapter: its factors and whole tensors, its biases, its notes, and what the base lacks."""
     plan, adapter = added.plan, added.adapter
-    for pair in plan.pairs:
+    for pair in (*plan.pairs, *plan.twins):
         _add_pair(changes, pair, added)
     for vector in plan.vectors:
         _add_vector(changes, vector, added)

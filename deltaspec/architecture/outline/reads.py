@@ -1,0 +1,139 @@
+"""What a model's code does with its modules, read off its source: which it calls, and whose weights it takes itself.
+
+LoRA adds its part where a module is called. Where other code multiplies by ``self.proj.weight`` or asks for
+``self.conv.stride``, PEFT's wrapper changes nothing, or lacks the attribute.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+# Methods that do not take part when the model computes: they make, load, tie, resize or describe it.
+APART = re.compile(
+    r"__init__|__repr__|extra_repr|post_init|_?(re)?set_.*|[gs]et_.*embeddings?|_?init_.*|_?reset_.*|_?tie_.*|"
+    r"_?resize_.*|_?load_.*|_?prune_.*|_?freeze_.*|_?backward_.*|gradient_.*|enable_.*|disable_.*|fuse_.*|unfuse_.*"
+)
+OUTSIDE = re.compile(r"(transformers\.(modeling_utils|generation|utils|integrations)|peft|accelerate)\b")
+# Facts about a weight that are the same with factors beside it.
+FACTS = {
+    *("dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_meta", "requires_grad", "is_floating_point"),
+    *("new_zeros", "new_ones", "new_tensor", "new_empty", "new_full", "is_cuda", "element_size", "data_ptr", "layout"),
+}
+ASKING = {"isinstance", "hasattr", "getattr", "id", "type", "print"}
+KEPT = {"weight", "bias", "in_features", "out_features", "embed_scale"}  # attributes that PEFT's wrappers have too
+Chain = tuple[str, ...]
+
+
+def find_uses(model: nn.Module) -> tuple[dict[str, str], set[str]]:
+    """Look through the source of every class of a model.
+
+    Returns
+    -------
+    taken : dict
+        Module path → what the code takes of that module instead of calling it, in words.
+    named : set of str
+        Modules that any code names.
+    """
+    modules = dict(model.named_modules())
+    taken: dict[str, str] = {}
+    named: set[str] = set()
+    for path, module in modules.items():
+        cls: Any = type(module)
+        for chain, harmless in _chains(cls):
+            for target, rest in _resolve(module, path, chain):
+                if target == path:
+                    continue  # its own weight, which wrappers leave to it
+                named.add(target)
+                what = "" if harmless else _describe(modules[target], rest)
+                if what:
+                    taken.setdefault(target, what)
+    return taken, named
+
+
+def _resolve(module: nn.Module, path: str, chain: Chain) -> Iterator[tuple[str, Chain]]:
+    """Follow a chain of attributes from a module; yield each module that it ends at, with what is left of it."""
+    child = next((found for name, found in module.named_children() if chain and name == chain[0]), None)
+    if chain[:1] == ("*",):
+        for name, found in module.named_children():
+            yield from _resolve(found, f"{path}.{name}".lstrip("."), chain[1:])
+    elif child is not None:
+        yield from _resolve(child, f"{path}.{chain[0]}".lstrip("."), chain[1:])
+    elif path:
+        yield path, chain
+
+
+def _describe(module: nn.Module, rest: Chain) -> str:
+    """Say what is taken of a module; "" where that is nothing which factors would change."""
+    if not rest or (rest[0] == "weight" and len(rest) > 1 and rest[1] in FACTS):
+        return ""
+    if rest[0] == "weight":
+        return "the model reads this weight itself, so that factors beside it have no effect"
+    if rest[0] in KEPT or hasattr(nn.Module, rest[0]) or not hasattr(module, rest[0]):
+        return ""
+    return f"the model reads '{rest[0]}' of this module, which PEFT's wrapper lacks"
+
+
+@cache
+def _chains(cls: Any) -> tuple[tuple[Chain, bool], ...]:
+    """List the chains of attributes of ``self`` in a class, each with whether only a fact is asked of it."""
+    found: defaultdict[Chain, bool] = defaultdict(lambda: True)
+    seen: set[str] = set()
+    for parent in cls.__mro__:
+        if parent in (nn.Module, object) or OUTSIDE.match(parent.__module__):
+            continue
+        for function in _functions(parent):
+            if APART.fullmatch(function.name) or function.name in seen:
+                continue  # made, not run; or overridden by a class that comes first
+            seen.add(function.name)
+            for chain, harmless in _chains_of(function):
+                found[chain] = found[chain] and harmless
+    return tuple(found.items())
+
+
+def _functions(cls: type) -> list[ast.FunctionDef]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, TypeError, SyntaxError, ValueError):  # made at run time
+        return []
+    body: list[Any] = tree.body[0].body if tree.body and isinstance(tree.body[0], ast.ClassDef) else []
+    return [node for node in body if isinstance(node, ast.FunctionDef)]
+
+
+def _chains_of(function: ast.FunctionDef) -> Iterator[tuple[Chain, bool]]:
+    """Yield the longest chains of a function, and whether each stands where only a fact is asked."""
+    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(function):
+        above = parents.get(node)
+        if not isinstance(node, ast.Attribute | ast.Subscript) or isinstance(above, ast.Attribute):
+            continue
+        if isinstance(above, ast.Subscript) and above.value is node:
+            continue
+        chain = _unwind(node)
+        if chain and not isinstance(node.ctx, ast.Store | ast.Del):
+            yield chain, _only_asks(node, above)
+
+
+def _unwind(node: ast.expr) -> Chain:
+    """Return the names of ``self.a.b[0].c``, an index as ``*``; empty where it begins with something else."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        names.append(node.attr if isinstance(node, ast.Attribute) else "*")
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id != "self":
+        return ()
+    return tuple(reversed(names))
+
+
+def _only_asks(node: ast.expr, above: ast.AST | None) -> bool:
+    if isinstance(above, ast.Call) and isinstance(above.func, ast.Name) and node in above.args:
+        return above.func.id in ASKING
+    return isinstance(above, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in above.ops)
