@@ -74,15 +74,22 @@ class LayoutOfOutline(Layout):
         """Return the parameters that are one tensor with this one."""
         return self._outline.tied_with(name)
 
-    def unattached(self, path: str) -> str:
-        """Say why PEFT would not attach factors under this path."""
-        places = self.place(path)
-        name = places[0].name
+    def lacks(self, name: str) -> bool:
+        """Tell whether the model has no parameter of this name."""
+        return name not in self._outline.shapes
+
+    def unattached(self, path: str, *, as_parameter: bool = False) -> str:
+        """Say why factors under a path would not change what it names."""
+        name = self.place(path)[0].name
+        module = name.removesuffix(".weight")
         if name not in self._outline.shapes:
             return f"{self.checked} has no module of this name"
         if name not in (path, f"{path}.weight") and self._outline.keeps(path):
-            return f"PEFT would look for it as '{path}', which in {self.checked} is '{name.removesuffix('.weight')}'"
-        return self._holder(name.removesuffix(".weight")).refusal
+            return f"in {self.checked} it is called '{module}', and PEFT does not rename it"
+        holder = self._holder(module)
+        if not holder.refusal and not as_parameter and not holder.wrapped and module != name:
+            return f"a {holder.name}, for which PEFT has no LoRA"
+        return holder.refusal
 
     def _holder(self, path: str) -> Holder:
         found = self._outline.holders.get(path) or self._outline.holders.get(path.rpartition(".")[0])

@@ -77,9 +77,26 @@ class Layout(ABC):
         path = name.removesuffix(".weight")
         return frozenset({name, *(f"{use}.weight" for use, _ in self.uses(path))})
 
-    def unattached(self, path: str) -> str:
-        """Say why PEFT would not attach factors that an adapter's file has under this path; "" where it would."""
-        del path
+    @property
+    def attachment(self) -> str:
+        """Whether it is known what factors will do, and by what, in words."""
+        return f"checked with {self.checked}" if self.checked else f"not checked ({self.unchecked})"
+
+    def lacks(self, name: str) -> bool:
+        """Tell whether the model has no parameter of this full name, as far as that is known."""
+        del name
+        return False
+
+    def unattached(self, path: str, *, as_parameter: bool = False) -> str:
+        """Say why factors that an adapter's file has under a path would not change what it names; "" where they would.
+
+        Parameters
+        ----------
+        path : str
+        as_parameter : bool
+            Whether target_parameters lists it.
+        """
+        del path, as_parameter
         return ""
 
     def holders(self, path: str) -> list[str]:

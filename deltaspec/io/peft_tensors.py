@@ -156,6 +156,8 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
 def _incomplete(names: Sequence[str], given: dict[str, Entry], layout: Layout) -> str:
     """Say which tensor of a module can be taken neither from what is given nor from the base as it is."""
     for name in names:
+        if layout.lacks(name):
+            return f"{layout.checked} has no parameter of this name"
         stored = given[name].name if name in given else layout.running[name]
         place = layout.place(stored)[0]
         scaled = name not in given and layout.base.tensors[stored].scale

@@ -69,6 +69,7 @@ def _report(assembly: Assembly, written: Written) -> AdapterReport:
         **assembly.extraction.identity,
         "dtype": sources.dtype,
         "target": options.form.target,
+        "attachment": lay_out(sources.base).attachment,
         "notes": [str(note) for note in sources.plan.notes],
         "modules": {m.path: {"rank": m.rank, "kind": m.kind, "bias": _has_bias(m, refused)} for m in written.modules},
         "matrices": matrices,

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaspec.errors import PairingError
+from deltaspec.io.attachment import list_unattached
 from deltaspec.io.content import same_content
+from deltaspec.io.lay_out import lay_out
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
@@ -50,11 +52,13 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     PairingError
         If an adapter belongs to another base, or two of them replace one tensor by different values.
     """
-    changes = TensorChanges()
+    changes, layout = TensorChanges(), lay_out(base)
     for adapter, weight in adapters:
         plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
         refuse_shapes(plan.heads, vocabulary=False)
+        for idle in list_unattached(adapter, layout):
+            changes.note(f"run by PEFT, the adapter has no effect on {idle}; the merged weight has it")
         _add(changes, _Added(adapter, weight, plan), base)
     settle_ties(changes, base)
     return changes

@@ -10,6 +10,7 @@ from pathlib import Path
 from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
+from deltaspec.io.attachment import list_unattached
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import Step
 from deltaspec.workflows.shared.workers import Headway, Workers
@@ -43,6 +44,10 @@ class Verification:
         What it claims and is not there.
     claims : bool
         Whether there was a ``deltaspec.json`` that speaks of this fine-tune.
+    unattached : tuple of str
+        Factors and whole tensors that would not change what they name once PEFT loads the adapter, each with why.
+    attachment : str
+        Whether that is known, and by what.
     """
 
     rows: tuple[CheckedMatrix, ...]
@@ -51,6 +56,8 @@ class Verification:
     worse: tuple[str, ...]
     missing: tuple[str, ...]
     claims: bool
+    unattached: tuple[str, ...] = ()
+    attachment: str = ""
 
 
 def verify(
@@ -92,7 +99,14 @@ def verify(
         worse += [row.tensor for row in rest if not row.right]
         missing += lacking + absent + list_unloaded(trio.adapter)
     return Verification(
-        tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), claims=trio.claims is not None
+        tuple(rows),
+        tuple(rest),
+        total(rows),
+        tuple(worse),
+        tuple(missing),
+        claims=trio.claims is not None,
+        unattached=tuple(list_unattached(trio.adapter, trio.layout)),
+        attachment=trio.layout.attachment,
     )
 
 
