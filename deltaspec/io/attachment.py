@@ -7,8 +7,8 @@ from deltaspec.io.peft_layout import Layout
 from deltaspec.types import AdapterIndex
 
 
-def list_unattached(adapter: AdapterIndex, layout: Layout) -> list[str]:
-    """List the factors and whole tensors that would change nothing, or something else than they say.
+def find_unattached(adapter: AdapterIndex, layout: Layout) -> dict[str, str]:
+    """Find the factors and whole tensors that would change nothing, or something else than they say.
 
     Parameters
     ----------
@@ -18,12 +18,13 @@ def list_unattached(adapter: AdapterIndex, layout: Layout) -> list[str]:
 
     Returns
     -------
-    list of str
-        Half a sentence each; empty too where the running model is not known.
+    dict
+        Path or name → why, half a sentence; empty too where the running model is not known.
     """
-    found = []
-    for path in adapter.modules:
-        if reason := layout.unattached(path, as_parameter=is_parameter(path, adapter.config)):
-            found.append(f"'{path}' ({reason})")
-    whole = [name for name in adapter.full if name.removesuffix(".weight") not in adapter.modules]
-    return found + [f"'{name}' ({layout.checked} has no such parameter)" for name in whole if layout.lacks(name)]
+    config = adapter.config
+    reasons = {path: layout.unattached(path, as_parameter=is_parameter(path, config)) for path in adapter.modules}
+    beside = {f"{path}.weight" for path in adapter.modules}
+    reasons |= {
+        name: f"{layout.checked} has no such parameter" for name in adapter.full.keys() - beside if layout.lacks(name)
+    }
+    return {name: reason for name, reason in reasons.items() if reason}

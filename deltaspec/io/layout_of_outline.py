@@ -78,6 +78,10 @@ class LayoutOfOutline(Layout):
         """Tell whether the model has no parameter of this name."""
         return name not in self._outline.shapes
 
+    def is_idle(self, path: str) -> bool:
+        """Tell whether nothing calls a module."""
+        return self._holder(self.place(path)[0].name.removesuffix(".weight")).idle
+
     def unattached(self, path: str, *, as_parameter: bool = False) -> str:
         """Say why factors under a path would not change what it names."""
         name = self.place(path)[0].name

@@ -87,6 +87,11 @@ class Layout(ABC):
         del name
         return False
 
+    def is_idle(self, path: str) -> bool:
+        """Tell whether nothing calls a module, so that factors beside its weight do nothing."""
+        del path
+        return False
+
     def unattached(self, path: str, *, as_parameter: bool = False) -> str:
         """Say why factors that an adapter's file has under a path would not change what it names; "" where they would.
 

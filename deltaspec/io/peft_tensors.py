@@ -103,7 +103,9 @@ def plan_whole(
         Of the modules, for modules_to_save.
     entries : list of Entry
     """
-    given = _spread(full, layout)
+    moved = {entry.name: place.moved for entry in full for place in layout.place(entry.name) if place.moved}
+    refused.update({name: f"{layout.checked} rearranges it on loading ({how})" for name, how in moved.items()})
+    given = _spread([entry for entry in full if entry.name not in moved], layout)
     saved: list[str] = []
     entries: list[Entry] = []
     for path in sorted({name.rpartition(".")[0] for name in given}):

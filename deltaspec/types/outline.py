@@ -39,6 +39,8 @@ class Holder:
         (target_parameters), and of a kernel nothing.
     refusal : str
         Why factors would not act as a change of its weight does, whichever way PEFT holds them; "" where they do.
+    idle : bool
+        Whether they would do nothing at all, for nothing calls the module.
     turned : bool
         Whether PEFT takes its stacks (experts, d_in, d_out) for what they are.
     """
@@ -47,6 +49,7 @@ class Holder:
     kind: str
     wrapped: bool = True
     refusal: str = ""
+    idle: bool = False
     turned: bool = False
 
 

@@ -48,7 +48,7 @@ def _find(key: str) -> Outline | str:
 
 def outline_of(model: nn.Module, source: str) -> Outline:
     """Describe a model that is made already, on whatever device."""
-    taken, named = find_uses(model)
+    uses = find_uses(model)
     same: defaultdict[int, set[str]] = defaultdict(set)
     shapes = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -57,8 +57,8 @@ def outline_of(model: nn.Module, source: str) -> Outline:
     shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
     ties = tuple(frozenset(names) for names in same.values() if len(names) > 1)
     tied = {name.rpartition(".")[0] for names in ties for name in names}
-    unread = frozenset(path for path in tied - named if isinstance(model.get_submodule(path), nn.Embedding))
-    holders = describe_holders(model, taken)
+    unread = frozenset(path for path in tied - uses.named if isinstance(model.get_submodule(path), nn.Embedding))
+    holders = describe_holders(model, uses)
     if not source.startswith("transformers"):
         return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, bool)
     conversions = Conversions(model)

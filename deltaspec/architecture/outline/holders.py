@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from deltaspec.architecture.outline.reads import Uses
 from deltaspec.types import Holder
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -18,25 +18,19 @@ KINDS: tuple[tuple[str, Any], ...] = (
 MAMBAS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # in which PEFT refuses out_proj and conv1d
 
 
-def describe_holders(model: nn.Module, taken: Mapping[str, str]) -> dict[str, Holder]:
-    """Say of every module that has parameters of its own what it is.
-
-    Parameters
-    ----------
-    model : Module
-    taken : mapping
-        Module path → what the model's code takes of it without calling it.
-    """
+def describe_holders(model: nn.Module, uses: Uses) -> dict[str, Holder]:
+    """Say of every module that has parameters of its own what it is, given what the model's code does with it."""
     kind = getattr(getattr(model, "config", None), "model_type", "")
     found = {}
     for path, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue
-        reason = taken.get(path, "")
+        reason = uses.taken.get(path, "")
+        idle = bool(reason) and path not in uses.called
         if not reason and kind in MAMBAS and path.rpartition(".")[2] in ("out_proj", "conv1d"):
             reason = f"PEFT refuses modules of this name in a {kind}"
         turned = bool(getattr(module, "is_transposed", False))
-        found[path] = Holder(type(module).__name__, *_describe(module), reason, turned)
+        found[path] = Holder(type(module).__name__, *_describe(module), reason, idle, turned)
     return found
 
 

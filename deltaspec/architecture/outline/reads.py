@@ -12,6 +12,7 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -33,30 +34,42 @@ KEPT = {"weight", "bias", "in_features", "out_features", "embed_scale"}  # attri
 Chain = tuple[str, ...]
 
 
-def find_uses(model: nn.Module) -> tuple[dict[str, str], set[str]]:
-    """Look through the source of every class of a model.
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """What a model's code does with its modules.
 
-    Returns
-    -------
+    Attributes
+    ----------
     taken : dict
-        Module path → what the code takes of that module instead of calling it, in words.
+        Module path → what the code takes of that module itself, in words.
     named : set of str
         Modules that any code names.
+    called : set of str
+        Those that it names as they are: to call them, or to hand them on.
     """
+
+    taken: dict[str, str] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+
+
+def find_uses(model: nn.Module) -> Uses:
+    """Look through the source of every class of a model."""
     modules = dict(model.named_modules())
-    taken: dict[str, str] = {}
-    named: set[str] = set()
+    uses = Uses()
     for path, module in modules.items():
         cls: Any = type(module)
         for chain, harmless in _chains(cls):
             for target, rest in _resolve(module, path, chain):
                 if target == path:
                     continue  # its own weight, which wrappers leave to it
-                named.add(target)
+                uses.named.add(target)
+                if not rest:
+                    uses.called.add(target)
                 what = "" if harmless else _describe(modules[target], rest)
                 if what:
-                    taken.setdefault(target, what)
-    return taken, named
+                    uses.taken.setdefault(target, what)
+    return uses
 
 
 def _resolve(module: nn.Module, path: str, chain: Chain) -> Iterator[tuple[str, Chain]]:

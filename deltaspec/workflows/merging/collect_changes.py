@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaspec.errors import PairingError
-from deltaspec.io.attachment import list_unattached
+from deltaspec.io.attachment import find_unattached
 from deltaspec.io.content import same_content
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.matrix import read_tensor
+from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
 from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty, refuse_shapes
@@ -57,11 +58,22 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
         plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
         refuse_shapes(plan.heads, vocabulary=False)
-        for idle in list_unattached(adapter, layout):
-            changes.note(f"run by PEFT, the adapter has no effect on {idle}; the merged weight has it")
+        _check_attachment(changes, adapter, layout)
         _add(changes, _Added(adapter, weight, plan), base)
     settle_ties(changes, base)
     return changes
+
+
+def _check_attachment(changes: TensorChanges, adapter: AdapterIndex, layout: Layout) -> None:
+    """Refuse factors that do nothing while the adapter runs, and note those of which that is not certain."""
+    for path, reason in find_unattached(adapter, layout).items():
+        if path in adapter.modules and layout.is_idle(path):
+            message = (
+                f"Cannot merge {adapter.ref}: its factors of '{path}' do nothing while PEFT runs it ({reason}), and a "
+                "merged weight would; take them out of the adapter, and of its target_modules."
+            )
+            raise PairingError(message)
+        changes.note(f"PEFT would not run the adapter's '{path}' as it is merged: {reason}")
 
 
 def _add(changes: TensorChanges, added: _Added, base: Checkpoint) -> None:

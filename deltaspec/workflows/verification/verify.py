@@ -10,7 +10,7 @@ from pathlib import Path
 from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
-from deltaspec.io.attachment import list_unattached
+from deltaspec.io.attachment import find_unattached
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import Step
 from deltaspec.workflows.shared.workers import Headway, Workers
@@ -105,7 +105,7 @@ def verify(
         tuple(worse),
         tuple(missing),
         claims=trio.claims is not None,
-        unattached=tuple(list_unattached(trio.adapter, trio.layout)),
+        unattached=tuple(f"'{name}' ({why})" for name, why in find_unattached(trio.adapter, trio.layout).items()),
         attachment=trio.layout.attachment,
     )
 
