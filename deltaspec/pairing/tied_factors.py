@@ -44,15 +44,16 @@ def pair_tied(plan: Plan, layout: Layout, tuned: AdapterIndex, homes: Homes, kno
             raise _lacks(layout, tuned, name)
         (found,) = known.matrices[stored]
         twin = next((p for p, home in homes.items() if home[0][0] == stored and p in tuned.modules), None)
-        if twin is None and term.embedding and layout.is_unread(_path(layout, stored)):
-            homes[path] = [(stored, Place(stored))]
-            plan.note(f"'{name}' is not stored in the base: its factors change the tied '{stored}'")
-            continue
+        first = twin is None and term.embedding and layout.is_unread(_path(layout, stored))
         own = tuned.modules[twin] if twin and _same_product(tuned.modules[twin], term) else term
         key = replace(found.key, tensor=name, role="lm_head")
         sources = MatrixSource(layout.base.tensors[stored], found.view), LowRankSource((own,), found.view)
         pair = WeightPair(key, found.view.shape, *sources)
-        if own is not term:
+        if first:
+            homes[path] = [(stored, Place(stored))]
+            plan.twins.append(pair)
+            plan.note(f"'{name}' is not stored in the base: its factors change the tied '{stored}'")
+        elif own is not term:
             plan.twins.append(pair)
             plan.note(f"'{name}' is tied to '{stored}' and has the same factors")
         else:

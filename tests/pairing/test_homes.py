@@ -103,16 +103,16 @@ def test_every_part_of_a_fused_module_takes_its_rows_of_the_product():
     ]
 
 
-def test_factors_of_a_head_that_is_the_embedding_go_there_beside_those_of_other_modules():
+def test_factors_of_a_head_that_is_the_embedding_are_compared_with_it():
     embed, q = "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj"
     base = checkpoint({embed: (9, 4), f"{q}.weight": (4, 4)}, model_type="llama")
     lora = adapter({q: term(q, 4, 4), "lm_head": term("lm_head", 9, 4)})
     plan = pair_adapter(base, lora, OPTIONS)
     assert [(pair.key.tensor, pair.key.role, pair.tuned.terms) for pair in plan.pairs] == [
-        (embed, "embed", (lora.modules["lm_head"],)),
+        ("lm_head.weight", "lm_head", (lora.modules["lm_head"],)),
         (f"{q}.weight", "q_proj", (lora.modules[q],)),
     ]
-    assert str(plan.notes[0]) == f"'lm_head.weight' is not stored in the base: its factors change the tied '{embed}'"
+    assert str(plan.notes[0]) == f"'lm_head.weight' has factors of its own: compared with the base's tied '{embed}'"
     for wrong in (term("lm_head", 9, 5), term("lm_head", 8, 4)):
         with pytest.raises(PairingError, match="targets 'lm_head.weight', which base lacks"):
             pair_adapter(base, adapter({"lm_head": wrong}), OPTIONS)

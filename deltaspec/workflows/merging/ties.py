@@ -29,8 +29,7 @@ def settle_ties(changes: TensorChanges, base: Checkpoint) -> None:
     """
     layout = lay_out(base)
     known = identify({name: spec.shape for name, spec in base.tensors.items() if not unreadable(spec)}, base.config)
-    _fold_shared(changes, base, known)
-    repeated = _settle_heads(changes)
+    repeated = _fold_shared(changes, base, known) | _settle_heads(changes)
     for name in [name for name in known.matrices if layout.place(name)[0].name.endswith(".weight")]:
         _part(changes, layout, name, repeated)
     _check_vocabulary(changes, base, known)
@@ -47,14 +46,12 @@ def _part(changes: TensorChanges, layout: Layout, name: str, repeated: set[str])
     if own is not None and own.shape != own.spec.shape:
         return  # a vocabulary that grows: tied weights grow together
     parted = []
-    for use, kind in uses:
+    for use in names:
         stored = names[use]
         change = changes.tensors.get(stored)
         if stored in repeated or (change is not None and own is not None and _changes_alike(own, change)):
             if stored not in layout.base.tensors:
                 changes.tensors.pop(stored, None)
-        elif layout.is_unread(path) and kind == "embedding" and change is None and own is not None:
-            parted.append(use)
         elif change is not None or own is not None:
             parted.append(use)
             if change is None and stored not in layout.base.tensors:
@@ -96,8 +93,12 @@ def _changes_alike(one: TensorChange, other: TensorChange) -> bool:
     return [part.factors for part in one.parts.values()] == [part.factors for part in other.parts.values()]
 
 
-def _fold_shared(changes: TensorChanges, base: Checkpoint, known: Identification) -> None:
-    """Where an adapter brings all modules that share T5's or BART's one stored embedding alike, replace that one."""
+def _fold_shared(changes: TensorChanges, base: Checkpoint, known: Identification) -> set[str]:
+    """Where an adapter brings all modules that share T5's or BART's one stored embedding alike, replace that one.
+
+    Returns the names that these have in the adapter.
+    """
+    settled: set[str] = set()
     readable = [name for name, spec in base.tensors.items() if not unreadable(spec)]
     for name in [name for name in readable if SHARED.fullmatch(name.removesuffix(".weight"))]:
         uses = list_tied(base, name.removesuffix(".weight"), {stored: stored for stored in base.tensors})
@@ -112,6 +113,8 @@ def _fold_shared(changes: TensorChanges, base: Checkpoint, known: Identification
         for brought_name in folded:
             del changes.added[brought_name]
         changes.notes = [n for n in changes.notes if n.kind is not NoteKind.ADDED or n.tensor not in folded]
+        settled |= folded
+    return settled
 
 
 def _alike(one: TensorSpec, other: TensorSpec) -> bool:
