@@ -78,6 +78,10 @@ class LayoutOfOutline(Layout):
         """Tell whether the model has no parameter of this name."""
         return name not in self._outline.shapes
 
+    def is_typed(self, path: str) -> bool:
+        """Tell whether the model asks for a module's class."""
+        return path in self._outline.holders and self._outline.holders[path].typed
+
     def is_idle(self, path: str) -> bool:
         """Tell whether nothing calls a module."""
         return self._holder(self.place(path)[0].name.removesuffix(".weight")).idle

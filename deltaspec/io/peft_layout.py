@@ -87,6 +87,11 @@ class Layout(ABC):
         del name
         return False
 
+    def is_typed(self, path: str) -> bool:
+        """Tell whether the model asks for a module's class, so that PEFT must not wrap it to save it whole."""
+        del path
+        return False
+
     def is_idle(self, path: str) -> bool:
         """Tell whether nothing calls a module, so that factors beside its weight do nothing."""
         del path

@@ -147,6 +147,8 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
     """Say why PEFT cannot save just this module, by how it matches names: endswith, and a regular expression."""
     if not PLAIN.fullmatch(path):
         return "it lies in no module that PEFT could save by its name"
+    if layout.is_typed(path):
+        return "the model asks for the class of its module, which PEFT would wrap"
     if other := saved_alike(path, layout.modules):
         return f"PEFT would save '{other}' too, whose name ends alike"
     for target in targets:

@@ -41,6 +41,8 @@ class Holder:
         Why factors would not act as a change of its weight does, whichever way PEFT holds them; "" where they do.
     idle : bool
         Whether they would do nothing at all, for nothing calls the module.
+    typed : bool
+        Whether the model's code asks for its class, so that nothing may stand around it.
     turned : bool
         Whether PEFT takes its stacks (experts, d_in, d_out) for what they are.
     """
@@ -50,6 +52,7 @@ class Holder:
     wrapped: bool = True
     refusal: str = ""
     idle: bool = False
+    typed: bool = False
     turned: bool = False
 
 

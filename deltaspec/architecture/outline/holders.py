@@ -30,7 +30,7 @@ def describe_holders(model: nn.Module, uses: Uses) -> dict[str, Holder]:
         if not reason and kind in MAMBAS and path.rpartition(".")[2] in ("out_proj", "conv1d"):
             reason = f"PEFT refuses modules of this name in a {kind}"
         turned = bool(getattr(module, "is_transposed", False))
-        found[path] = Holder(type(module).__name__, *_describe(module), reason, idle, turned)
+        found[path] = Holder(type(module).__name__, *_describe(module), reason, idle, path in uses.typed, turned)
     return found
 
 

@@ -31,7 +31,10 @@ FACTS = {
 }
 ASKING = {"isinstance", "hasattr", "getattr", "id", "type", "print"}
 KEPT = {"weight", "bias", "in_features", "out_features", "embed_scale"}  # attributes that PEFT's wrappers have too
+ASKED = "isinstance "
 Chain = tuple[str, ...]
+Aliases = dict[str, Chain]
+"""Names of a function's variables → which modules they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,14 @@ class Uses:
         Modules that any code names.
     called : set of str
         Those that it names as they are: to call them, or to hand them on.
+    typed : set of str
+        Those of which it asks what they are.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
+    typed: set[str] = field(default_factory=set)
 
 
 def find_uses(model: nn.Module) -> Uses:
@@ -64,11 +70,13 @@ def find_uses(model: nn.Module) -> Uses:
                 if target == path:
                     continue  # its own weight, which wrappers leave to it
                 uses.named.add(target)
-                if not rest:
+                if not rest or rest[0] == "forward":
                     uses.called.add(target)
                 what = "" if harmless else _describe(modules[target], rest)
                 if what:
                     uses.taken.setdefault(target, what)
+                if what and rest[0].startswith(ASKED):
+                    uses.typed.add(target)
     return uses
 
 
@@ -90,6 +98,10 @@ def _describe(module: nn.Module, rest: Chain) -> str:
         return ""
     if rest[0] == "weight":
         return "the model reads this weight itself, so that factors beside it have no effect"
+    if rest[0].startswith(ASKED):
+        classes = {cls.__name__ for cls in type(module).__mro__} - {"Module", "object"}
+        asked = classes & set(rest[0].removeprefix(ASKED).split(","))
+        return f"the model asks whether this module is a {min(asked)}, which PEFT's wrapper is not" if asked else ""
     if rest[0] in KEPT or hasattr(nn.Module, rest[0]) or not hasattr(module, rest[0]):
         return ""
     return f"the model reads '{rest[0]}' of this module, which PEFT's wrapper lacks"
@@ -123,30 +135,71 @@ def _functions(cls: type) -> list[ast.FunctionDef]:
 
 def _chains_of(function: ast.FunctionDef) -> Iterator[tuple[Chain, bool]]:
     """Yield the longest chains of a function, and whether each stands where only a fact is asked."""
-    parents = {child: node for node in ast.walk(function) for child in ast.iter_child_nodes(node)}
-    for node in ast.walk(function):
+    nodes = list(ast.walk(function))
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    known: Aliases = {"self": ()}
+    for node in nodes:  # outer loops come before inner ones
+        known |= _aliases(node, known)
+    for node in nodes:
         above = parents.get(node)
-        if not isinstance(node, ast.Attribute | ast.Subscript) or isinstance(above, ast.Attribute):
+        if isinstance(above, ast.Attribute) or (isinstance(above, ast.Subscript) and above.value is node):
             continue
-        if isinstance(above, ast.Subscript) and above.value is node:
-            continue
-        chain = _unwind(node)
-        if chain and not isinstance(node.ctx, ast.Store | ast.Del):
-            yield chain, _only_asks(node, above)
+        chain = _unwind(node, known)
+        if chain and not isinstance(getattr(node, "ctx", None), ast.Store | ast.Del):
+            asked = _asked_classes(node, above)
+            yield (*chain, *asked), not asked and _only_asks(node, above)
 
 
-def _unwind(node: ast.expr) -> Chain:
+def _aliases(node: ast.AST, known: Aliases) -> Aliases:
+    """Return the names that a loop or an assignment gives to modules."""
+    if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        chain = _unwind(node.value, known)
+        return _name(node.targets[0], chain) if chain else {}
+    if not isinstance(node, ast.For | ast.comprehension):
+        return {}
+    loop, target = node.iter, node.target
+    called = loop.func.id if isinstance(loop, ast.Call) and isinstance(loop.func, ast.Name) else ""
+    if isinstance(loop, ast.Call) and called in ("enumerate", "zip", "reversed"):
+        targets = target.elts if isinstance(target, ast.Tuple) else [target]
+        pairs = list(zip(targets[called == "enumerate" :], loop.args, strict=False))
+    else:
+        pairs = [(target, loop)]
+    found: Aliases = {}
+    for name, value in pairs:
+        if chain := _unwind(value, known):
+            found |= _name(name, (*chain, "*"))
+    return found
+
+
+def _name(target: ast.expr, chain: Chain) -> Aliases:
+    return {target.id: chain} if isinstance(target, ast.Name) else {}
+
+
+def _unwind(node: ast.AST, known: Aliases) -> Chain:
     """Return the names of ``self.a.b[0].c``, an index as ``*``; empty where it begins with something else."""
     names: list[str] = []
     while isinstance(node, ast.Attribute | ast.Subscript):
-        names.append(node.attr if isinstance(node, ast.Attribute) else "*")
+        if isinstance(node, ast.Attribute):
+            names.append(node.attr)
+        elif not isinstance(node.slice, ast.Slice):
+            names.append("*")
         node = node.value
-    if not isinstance(node, ast.Name) or node.id != "self":
+    if not isinstance(node, ast.Name) or node.id not in known:
         return ()
-    return tuple(reversed(names))
+    return (*known[node.id], *reversed(names))
 
 
-def _only_asks(node: ast.expr, above: ast.AST | None) -> bool:
+def _asked_classes(node: ast.AST, above: ast.AST | None) -> Chain:
+    """Return the classes of which a module is asked whether it is one, as one more name of its chain."""
+    if not isinstance(above, ast.Call) or not isinstance(above.func, ast.Name) or above.func.id != "isinstance":
+        return ()
+    if len(above.args) != 2 or above.args[0] is not node:
+        return ()
+    classes = above.args[1].elts if isinstance(above.args[1], ast.Tuple) else [above.args[1]]
+    return (ASKED + ",".join(c.attr if isinstance(c, ast.Attribute) else getattr(c, "id", "") for c in classes),)
+
+
+def _only_asks(node: ast.AST, above: ast.AST | None) -> bool:
     if isinstance(above, ast.Call) and isinstance(above.func, ast.Name) and node in above.args:
         return above.func.id in ASKING
     return isinstance(above, ast.Compare) and any(isinstance(op, ast.Is | ast.IsNot) for op in above.ops)
