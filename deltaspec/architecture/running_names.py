@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 from deltaspec.architecture.outline.find import find_outline
-from deltaspec.types import Outline, Place, Shape
+from deltaspec.types import Config, Outline, Place, Shape
 
 Rules = tuple[tuple[str, str], ...]
 
@@ -80,7 +79,7 @@ SHARED = re.compile(r"((?:.*\.)?)shared")
 TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)$")
 
 
-def outline_checkpoint(tensors: Mapping[str, Shape], config: dict[str, Any]) -> Outline | str:
+def outline_checkpoint(tensors: Mapping[str, Shape], config: Config) -> Outline | str:
     """Outline the running model of a checkpoint, or say why it is not known.
 
     Parameters
@@ -132,7 +131,7 @@ def is_turned(shape: Shape, held: Shape) -> bool:
     return len(shape) == 3 and shape != held and (shape[0], shape[2], shape[1]) == held
 
 
-def place_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, tuple[Place, ...]]:
+def place_tensors(names: Iterable[str], config: Config) -> dict[str, tuple[Place, ...]]:
     """Say where each stored tensor lies in the model that its library makes of the checkpoint.
 
     Parameters
@@ -161,7 +160,7 @@ def place_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, tup
     return place_by_table(listed, config)
 
 
-def place_by_table(names: Iterable[str], config: dict[str, Any]) -> dict[str, tuple[Place, ...]]:
+def place_by_table(names: Iterable[str], config: Config) -> dict[str, tuple[Place, ...]]:
     """Say where stored tensors lie as ``place_tensors`` does, by our own table alone."""
     kind, headed = str(config.get("model_type", "")), _architecture(config)
     rules = LEGACY + RENAMED.get(kind, ())
@@ -189,7 +188,7 @@ def _place(name: str, kind: str) -> tuple[Place, ...]:
     return (Place(name),)
 
 
-def _architecture(config: dict[str, Any]) -> str:
+def _architecture(config: Config) -> str:
     found = config.get("architectures")
     return str(found[0]) if isinstance(found, list) and found else ""
 
@@ -204,12 +203,12 @@ def _with_body(name: str, kind: str, architecture: str) -> str:
     return f"{body}.{name}" if re.match(rf"({children})\.", name) else name
 
 
-def is_told(config: dict[str, Any]) -> bool:
+def is_told(config: Config) -> bool:
     """Tell whether the running model marks its stacks as stored (experts, d_in, d_out), so that PEFT knows."""
     return config.get("model_type") in TOLD
 
 
-def list_sharers(embedding: str, running: Collection[str], config: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def list_sharers(embedding: str, running: Collection[str], config: Config) -> tuple[tuple[str, str], ...]:
     """List the modules that may use a token embedding's weight beside it, tied or not.
 
     Parameters

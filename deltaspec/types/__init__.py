@@ -13,6 +13,7 @@ from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectr
 from deltaspec.types.stored import (
     AdapterIndex,
     Checkpoint,
+    Config,
     ForeignAdapter,
     KnownMatrix,
     LowRankSource,
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterIndex",
     "AdapterModule",
     "Checkpoint",
+    "Config",
     "Entry",
     "ForeignAdapter",
     "Holder",

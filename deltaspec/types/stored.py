@@ -9,6 +9,8 @@ from typing import Any
 from deltaspec.types.view import View
 
 Shape = tuple[int, ...]
+Config = dict[str, Any]
+"""Content of a config.json, of a model or an adapter: untrusted, its values of any kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ class Checkpoint:
     root: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorSpec]
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     revision: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # not in tensors → the name it shares memory with
 
@@ -122,7 +124,7 @@ class AdapterIndex:
     full: dict[str, TensorSpec]
     biases: dict[str, TensorSpec]
     base_model: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     revision: str | None = None
 
 
@@ -137,7 +139,7 @@ class ForeignAdapter:
     ref: str
     root: Path
     files: tuple[Path, ...]
-    config: dict[str, Any]
+    config: Config
     refusal: str
     revision: str | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from deltaspec.errors import MissingPackageError, require
+from deltaspec.types import Config
 
 LARGEST = 4096  # layers or experts that a config may ask for: each is a module, and a config is untrusted
 
@@ -56,7 +57,7 @@ def build_on_meta(cls: Any, config: Any) -> nn.Module:
     return model
 
 
-def build_model(config: Mapping[str, Any]) -> tuple[nn.Module, str]:
+def build_model(config: Config) -> tuple[nn.Module, str]:
     """Make the model that config.json describes.
 
     Parameters
@@ -92,9 +93,9 @@ def build_model(config: Mapping[str, Any]) -> tuple[nn.Module, str]:
     raise UnknownModelError(message)
 
 
-def _refuse_giants(config: Mapping[str, Any]) -> None:
+def _refuse_giants(config: Config) -> None:
     for name, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, dict):
             _refuse_giants(value)
         counts = any(word in name for word in ("layer", "expert", "depth", "block", "stage"))
         if counts and type(value) is int and value > LARGEST and "size" not in name and "id" not in name:
@@ -102,7 +103,7 @@ def _refuse_giants(config: Mapping[str, Any]) -> None:
             raise UnknownModelError(message)
 
 
-def _build_transformers(config: dict[str, Any]) -> tuple[nn.Module, str]:
+def _build_transformers(config: Config) -> tuple[nn.Module, str]:
     try:
         with quiet_transformers() as transformers:
             version = f"transformers {transformers.__version__}"
@@ -134,7 +135,7 @@ def _choose_class(transformers: Any, config: Any) -> Any:
     return cls
 
 
-def _build_diffusers(config: dict[str, Any]) -> tuple[nn.Module, str]:
+def _build_diffusers(config: Config) -> tuple[nn.Module, str]:
     try:
         diffusers = require("diffusers", extra="train")
     except MissingPackageError as cause:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 from torch import nn
 
@@ -14,10 +12,10 @@ from deltaspec.architecture.outline.build import UnknownModelError, build_model
 from deltaspec.architecture.outline.conversions import Conversions
 from deltaspec.architecture.outline.holders import describe_holders
 from deltaspec.architecture.outline.reads import find_uses
-from deltaspec.types import Outline, Place
+from deltaspec.types import Config, Outline, Place
 
 
-def find_outline(config: Mapping[str, Any]) -> Outline | str:
+def find_outline(config: Config) -> Outline | str:
     """Outline the model that transformers or diffusers makes of a config.
 
     Parameters

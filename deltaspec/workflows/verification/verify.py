@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaspec.architecture.peft_names import list_unloaded
@@ -92,22 +92,15 @@ def verify(
     workers = Workers(resolve_devices(options.device, options.workers), options.memory, progress)
     rows = _recompute(matched.checks, workers)
     rest, absent = check_beside(trio)
+    idle = tuple(f"'{name}' ({why})" for name, why in find_unattached(trio.adapter, trio.layout).items())
     worse, missing = list(matched.homeless), list(matched.missing)
     if trio.claims:
         untrue, lacking = check_tied(trio, trio.claims)
         worse = [row.matrix for row in rows if row.worse and row.matrix not in matched.missing] + worse + untrue
         worse += [row.tensor for row in rest if not row.right]
         missing += lacking + absent + list_unloaded(trio.adapter)
-    return Verification(
-        tuple(rows),
-        tuple(rest),
-        total(rows),
-        tuple(worse),
-        tuple(missing),
-        claims=trio.claims is not None,
-        unattached=tuple(f"'{name}' ({why})" for name, why in find_unattached(trio.adapter, trio.layout).items()),
-        attachment=trio.layout.attachment,
-    )
+    found = Verification(tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), trio.claims is not None)
+    return replace(found, unattached=idle, attachment=trio.layout.attachment)
 
 
 def _recompute(checks: Sequence[Check], workers: Workers) -> list[CheckedMatrix]:
