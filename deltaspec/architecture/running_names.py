@@ -102,7 +102,7 @@ def outline_checkpoint(tensors: Mapping[str, Shape], config: Config) -> Outline 
     there = sum(misfit(placed[name], tensors[name], found) == "" for name in matrices)
     if 2 * there < len(matrices):
         return (
-            f"{len(matrices) - there} of its {len(matrices)} matrices are none of {found.source} as its config has it"
+            f"{len(matrices) - there} of its {len(matrices)} matrices are not what its config makes of {found.source}"
         )
     return found
 

@@ -98,7 +98,7 @@ def _refuse_giants(config: Config) -> None:
         if isinstance(value, dict):
             _refuse_giants(value)
         counts = any(word in name for word in ("layer", "expert", "depth", "block", "stage"))
-        if counts and type(value) is int and value > LARGEST and "size" not in name and "id" not in name:
+        if counts and type(value) is int and value > LARGEST and not name.endswith(("_size", "_id")):
             message = f"its config asks for {value} as {name}"
             raise UnknownModelError(message)
 

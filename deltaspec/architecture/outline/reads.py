@@ -94,7 +94,7 @@ def _resolve(module: nn.Module, path: str, chain: Chain) -> Iterator[tuple[str, 
 
 def _describe(module: nn.Module, rest: Chain) -> str:
     """Say what is taken of a module; "" where that is nothing which factors would change."""
-    if not rest or (rest[0] == "weight" and len(rest) > 1 and rest[1] in FACTS):
+    if not rest or (rest[0] == "weight" and len(rest) > 1 and (rest[1] in FACTS or rest[1].startswith(ASKED))):
         return ""
     if rest[0] == "weight":
         return "the model reads this weight itself, so that factors beside it have no effect"
@@ -135,13 +135,7 @@ def _functions(cls: type) -> list[ast.FunctionDef]:
 
 def _chains_of(function: ast.FunctionDef) -> Iterator[tuple[Chain, bool]]:
     """Yield the longest chains of a function, and whether each stands where only a fact is asked."""
-    nodes = list(ast.walk(function))
-    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
-    known: Aliases = {"self": ()}
-    for node in nodes:  # outer loops come before inner ones
-        known |= _aliases(node, known)
-    for node in nodes:
-        above = parents.get(node)
+    for node, above, known in _walk(function, None, {"self": ()}):
         if isinstance(above, ast.Attribute) or (isinstance(above, ast.Subscript) and above.value is node):
             continue
         chain = _unwind(node, known)
@@ -150,29 +144,36 @@ def _chains_of(function: ast.FunctionDef) -> Iterator[tuple[Chain, bool]]:
             yield (*chain, *asked), not asked and _only_asks(node, above)
 
 
-def _aliases(node: ast.AST, known: Aliases) -> Aliases:
-    """Return the names that a loop or an assignment gives to modules."""
-    if isinstance(node, ast.Assign) and len(node.targets) == 1:
-        chain = _unwind(node.value, known)
-        return _name(node.targets[0], chain) if chain else {}
-    if not isinstance(node, ast.For | ast.comprehension):
-        return {}
+def _walk(node: ast.AST, above: ast.AST | None, known: Aliases) -> Iterator[tuple[ast.AST, ast.AST | None, Aliases]]:
+    """Yield every node with the one around it, and what the variables are there."""
+    yield node, above, known
+    inner = known
+    if isinstance(node, ast.For):
+        inner = {**known, **_names(_loop_pairs(node), known, "*")}
+    elif isinstance(node, ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp):
+        inner = dict(known)
+        for loop in node.generators:
+            inner |= _names(_loop_pairs(loop), inner, "*")
+    elif isinstance(node, ast.Assign) and len(node.targets) == 1:
+        known.update(_names([(node.targets[0], node.value)], known))
+    for child in ast.iter_child_nodes(node):
+        yield from _walk(child, node, inner)
+
+
+def _names(pairs: list[tuple[ast.expr, ast.expr]], known: Aliases, *index: str) -> Aliases:
+    """Return what variables become that are set to modules, or run over them."""
+    named = [(target.id, value) for target, value in pairs if isinstance(target, ast.Name)]
+    return {name: (*chain, *index) for name, value in named if (chain := _unwind(value, known))}
+
+
+def _loop_pairs(node: ast.For | ast.comprehension) -> list[tuple[ast.expr, ast.expr]]:
+    """Pair a loop's variables with what each runs over."""
     loop, target = node.iter, node.target
     called = loop.func.id if isinstance(loop, ast.Call) and isinstance(loop.func, ast.Name) else ""
-    if isinstance(loop, ast.Call) and called in ("enumerate", "zip", "reversed"):
-        targets = target.elts if isinstance(target, ast.Tuple) else [target]
-        pairs = list(zip(targets[called == "enumerate" :], loop.args, strict=False))
-    else:
-        pairs = [(target, loop)]
-    found: Aliases = {}
-    for name, value in pairs:
-        if chain := _unwind(value, known):
-            found |= _name(name, (*chain, "*"))
-    return found
-
-
-def _name(target: ast.expr, chain: Chain) -> Aliases:
-    return {target.id: chain} if isinstance(target, ast.Name) else {}
+    if not isinstance(loop, ast.Call) or called not in ("enumerate", "zip", "reversed"):
+        return [(target, loop)]
+    targets = target.elts if isinstance(target, ast.Tuple) else [target]
+    return list(zip(targets[called == "enumerate" :], loop.args, strict=False))
 
 
 def _unwind(node: ast.AST, known: Aliases) -> Chain:
