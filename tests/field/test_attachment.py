@@ -69,7 +69,8 @@ def merged_by_peft(cls, base, adapter):
         # positions that are read with an offset
         (
             transformers.OPTForCausalLM,
-            {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32, "pad_token_id": 1},
+            {**SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 32, "pad_token_id": 1}
+            | {"tie_word_embeddings": False},
             "embed_positions",
         ),
     ],
@@ -101,7 +102,7 @@ def test_a_weight_that_the_model_reads_itself_gets_no_factors(tmp_path):
     )
     model.eval().save_pretrained(tmp_path / "idle")
     with torch.no_grad():
-        assert torch.allclose(model(IDS).logits, cls.from_pretrained(base)(IDS).logits, atol=1e-6)
+        assert torch.allclose(model(IDS).logits, cls.from_pretrained(base)(IDS).logits, atol=1e-5)
     with pytest.raises(PairingError, match="do nothing while PEFT runs it"):
         merge(base, [tmp_path / "idle"], tmp_path / "merged")
     (said,) = verify(base, tuned, tmp_path / "idle").unattached
