@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaspec.architecture.roles import group_rare
 from deltaspec.cli.flags import Output, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
@@ -61,8 +62,9 @@ def _divergence(models: tuple[str, str, str], text: str, *, options: TextOptions
 
 def _render(found: Verification, said: dict[str, Any] | None) -> str:
     groups: defaultdict[str, list[CheckedMatrix]] = defaultdict(list)
+    shown = group_rare(Counter(row.role for row in found.rows))
     for row in found.rows:
-        groups[row.role].append(row)
+        groups[shown[row.role]].append(row)
     rows = [
         {
             "role": role,
