@@ -36,6 +36,7 @@ ROLES: dict[str, str] = {
 }
 
 ORDER: tuple[str, ...] = tuple(ROLES)
+GROUPED = "other ("
 MOST = 30  # rows of unknown roles in a table or figure, at most
 # Also where torch keeps a weight in pieces: weight_g and weight_v, or a parametrization's originals.
 WEIGHT = re.compile(r"\.(?:parametrizations\.)?weight(?:_[gv]|\.original[0-9]?)?$")
@@ -59,7 +60,7 @@ def own_role(tensor: str) -> str:
 
 
 def order_roles(roles: Iterable[str]) -> list[str]:
-    """Return each role once: the vocabulary's in its order, then unknown ones, W2 before W10."""
+    """Return each role once: the vocabulary's in its order, then unknown ones, W2 before W10, then those grouped."""
     return sorted(set(roles), key=_place)
 
 
@@ -67,7 +68,8 @@ def _place(role: str) -> tuple[int, list[tuple[int, str]]]:
     if role in ROLES:
         return ORDER.index(role), []
     pieces = re.split(r"([0-9]{1,18})", role)
-    return len(ORDER), [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
+    natural = [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]
+    return len(ORDER) + role.startswith(GROUPED), natural
 
 
 def group_rare(counts: Mapping[str, int]) -> dict[str, str]:
@@ -86,7 +88,7 @@ def group_rare(counts: Mapping[str, int]) -> dict[str, str]:
     """
     unknown = sorted((role for role in order_roles(counts) if role not in ROLES), key=lambda role: -counts[role])
     rest = unknown[MOST - 1 :] if len(unknown) > MOST else []
-    return {role: role for role in counts} | dict.fromkeys(rest, f"other ({len(rest)} names)")
+    return {role: role for role in counts} | dict.fromkeys(rest, f"{GROUPED}{len(rest)} names)")
 
 
 def fused_role(parts: Iterable[str], *, otherwise: str) -> str:
