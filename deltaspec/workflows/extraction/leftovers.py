@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from deltaspec.workflows.shared.non_finite import describe_non_finite, locate
 from deltaspec.workflows.shared.vector_changes import change_of
 
 CHUNK = 1 << 20
+CPU = torch.device("cpu")
 
 
 def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> Rest:
@@ -48,7 +50,7 @@ def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> R
         if not {str(pair.key), pair.key.tensor} & homes:
             others[pair.key.tensor].append(pair)
     for name, pairs in others.items():
-        _add(rest, name, pairs, sources.left.get(name, "left out"), device)
+        add_left(rest, name, pairs, sources.left.get(name, "left out"), device)
     for vector in sources.plan.vectors:
         _add_vector(rest, vector, sources)
     for note in sources.plan.skipped:
@@ -56,8 +58,8 @@ def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> R
     return rest
 
 
-def _add(rest: Rest, name: str, pairs: list[WeightPair], reason: str, device: torch.device) -> None:
-    """Add one tensor, whose parts or experts are ``pairs``."""
+def add_left(rest: Rest, name: str, pairs: Sequence[WeightPair], reason: str, device: torch.device = CPU) -> None:
+    """Add one tensor, whose parts or experts are ``pairs``, with their ‖Δ‖²; dense ones are read on ``device``."""
     specs = {pair.tuned.spec for pair in pairs if isinstance(pair.tuned, MatrixSource)}
     energy = sum(_energy(pair, device) for pair in pairs)
     if energy:

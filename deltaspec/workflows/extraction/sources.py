@@ -15,11 +15,12 @@ from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.peft_layout import lay_out
 from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
-from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
+from deltaspec.pairing.modules import group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
 from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, WeightPair
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.extraction.nouns import Sources
+from deltaspec.workflows.extraction.servers import refuse_modules, refuse_nothing_left
 from deltaspec.workflows.shared.vector_changes import change_of
 
 GROWN = "its vocabulary grew: --extras all stores it whole"
@@ -40,14 +41,11 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
         raise PairingError(message)
     modules, left = group_modules(plan, first, split_fused=options.form.split_fused)
     with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
-    reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form, with_biases=with_biases))}
-    refused = _refused_by_peft([m for m in modules if m.name not in reasons], first, target=options.form.target)
-    left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
+    left |= why_left(modules, first, options.form, with_biases=with_biases)
     kept = tuple(module for module in modules if module.name not in left)
     if not kept:
-        name, reason = next(iter(left.items()), ("nothing", "no matrix pairs"))
-        message = f"No matrix of {first.ref} can get factors (for example '{name}': {reason}): change the options."
-        raise PairingError(message)
+        alone = {note.tensor: note.text for note in plan.skipped}
+        refuse_nothing_left(first.ref, left or alone, options.form.target)
     kinds = [str(source.config.get("model_type")) for source in (first, second) if isinstance(source, Checkpoint)]
     if len(set(kinds)) > 1 and "None" not in kinds:
         plan.note(f"the configs say that the base is a {kinds[0]} and the tuned model a {kinds[1]}")
@@ -59,12 +57,30 @@ def _biases_changed(modules: Sequence[ModulePair], plan: Plan) -> bool:
     return any(bool(change_of(vector).any()) for vector in plan.vectors if vector.key.tensor in names)
 
 
+def why_left(
+    modules: Sequence[ModulePair], base: Checkpoint, form: FormOptions, *, with_biases: bool = False
+) -> dict[str, str]:
+    """Say of which modules neither target, options nor PEFT can hold factors: tensor → why.
+
+    Parameters
+    ----------
+    modules : sequence of ModulePair
+    base : Checkpoint
+        Or what stands in for it, where adapters are added.
+    form : FormOptions
+    with_biases : bool
+        Whether changes of biases go beside the factors.
+    """
+    reasons = refuse_modules(modules, base, form.target)
+    for module in modules:
+        if reason := _why_not(module, form, with_biases=with_biases):
+            reasons.setdefault(module.name, reason)
+    refused = _refused_by_peft([m for m in modules if m.name not in reasons], base, target=form.target)
+    return reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
+
+
 def _why_not(module: ModulePair, form: FormOptions, *, with_biases: bool) -> str:
     """Say why the options keep factors from a module; "" if they do not."""
-    key = module.pairs[0].key
-    in_blocks = module.kind in ("linear", "conv1d") and key.role in IN_BLOCKS and key.depth is not None
-    if form.target != "peft" and not in_blocks:
-        return f"{form.target} takes factors of the blocks' linear layers only"
     if form.extras == "all" and grown_rows(module.pairs[0]):
         return GROWN
     return NO_BIASES if with_biases and module.kind == "embedding" else ""
