@@ -10,6 +10,7 @@ from deltaspec.architecture.running_names import Place
 from deltaspec.errors import PairingError
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import AnalyzeOptions
+from deltaspec.pairing.advice import refuse_grown, say_missing
 from deltaspec.pairing.dense import pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened
 from deltaspec.pairing.homes import Homes, factor_shape, find_homes, pair_factors, weight_of
@@ -53,6 +54,7 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         if not work.leaves_out(name):
             _pair_home(work, base, tuned, (name, place, path), homes[path])
     _pair_biases(work, base, tuned, homes)
+    refuse_grown(work, base, tuned)
     work.refuse_shapes()
     for name in sorted(tuned.full.keys() - homes.keys(), key=natural_order):
         beside = name.removesuffix(".weight") in tuned.modules
@@ -97,11 +99,7 @@ def _pair_tied(plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, 
         term, name = tuned.modules[path], weight_of(path)
         embedding = _tied_embedding(name, factor_shape(term), known)
         if embedding is None:
-            message = (
-                f"The adapter {tuned.ref} targets '{name}', which {base.ref} lacks: "
-                f"pass the base it was trained from (its config says '{tuned.base_model}')."
-            )
-            raise PairingError(message)
+            raise PairingError(say_missing(base, tuned, name))
         twin = next((p for p, found in homes.items() if found[0][0] == embedding and p in tuned.modules), None)
         if twin is None:
             homes[path] = [(embedding, Place(embedding))]

@@ -131,7 +131,7 @@ def refuse_nothing_left(ref: str, left: Mapping[str, str], target: str) -> None:
     """
     most = Counter(left.values()).most_common(1)
     name = next((name for name, reason in left.items() if reason == most[0][0]), "nothing") if most else "nothing"
-    reason, server = left.get(name, "no matrix pairs"), SERVERS.get(target)
+    reason, server = left.get(name, "it has none"), SERVERS.get(target)
     whom = f" for {server.name}" if server else ""
     advice = "change the options"
     if server:

@@ -17,13 +17,13 @@ from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, WeightPair
+from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, Opened, WeightPair
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.extraction.nouns import Sources
 from deltaspec.workflows.extraction.servers import refuse_modules, refuse_nothing_left
 from deltaspec.workflows.shared.vector_changes import change_of
 
-GROWN = "its vocabulary grew: --extras all stores it whole"
+GROWN = "its vocabulary grew, so that --extras all stores it whole"
 NO_BIASES = "PEFT has no biases beside factors of an embedding: --extras all stores it whole"
 
 
@@ -44,12 +44,23 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
     left |= why_left(modules, first, options.form, with_biases=with_biases)
     kept = tuple(module for module in modules if module.name not in left)
     if not kept:
-        alone = {note.tensor: note.text for note in plan.skipped}
-        refuse_nothing_left(first.ref, left or alone, options.form.target)
+        if not left:
+            _refuse_nothing_paired(plan, first, second)
+        refuse_nothing_left(first.ref, left, options.form.target)
     kinds = [str(source.config.get("model_type")) for source in (first, second) if isinstance(source, Checkpoint)]
     if len(set(kinds)) > 1 and "None" not in kinds:
         plan.note(f"the configs say that the base is a {kinds[0]} and the tuned model a {kinds[1]}")
-    return Sources(first, second, plan, kept, left, resolve_dtype(options.form.dtype, modules), options.form.target)
+    dtype, form = resolve_dtype(options.form.dtype, modules), options.form
+    return Sources(first, second, plan, kept, left, dtype, form.target, form.extras)
+
+
+def _refuse_nothing_paired(plan: Plan, base: Checkpoint, tuned: Opened) -> None:
+    name, reason = next(((note.tensor, note.text) for note in plan.skipped), ("nothing", "no matrix is in both"))
+    message = (
+        f"No matrix of {base.ref} pairs with one of {tuned.ref} (for example '{name}': {reason}): check that both are "
+        "the same kind of model, and hold all of their weights."
+    )
+    raise PairingError(message)
 
 
 def _biases_changed(modules: Sequence[ModulePair], plan: Plan) -> bool:
