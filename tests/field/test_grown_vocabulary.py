@@ -104,6 +104,19 @@ def test_rows_that_the_base_has_keep_what_they_had_and_get_the_factors_too(tmp_p
     assert row["update"] == pytest.approx(float(product.square().sum()), rel=1e-5)
 
 
+def test_a_base_that_is_stored_without_the_models_prefix_grows_too(tmp_path):
+    make(tmp_path, "llama", ["embed_tokens", "lm_head", "q_proj"])
+    assert run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "merged", "--quiet").exit_code == 0
+    file = tmp_path / "base/model.safetensors"
+    save_file({k.removeprefix("model."): v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    done = run("merge", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "again", "--quiet")
+    assert done.exit_code == 0, done.output
+    expected = load_file(tmp_path / "merged/model.safetensors")
+    found = load_file(tmp_path / "again/model.safetensors")
+    assert {k.removeprefix("model.") for k in expected} == found.keys()
+    assert all(torch.equal(v, found[k.removeprefix("model.")]) for k, v in expected.items())
+
+
 @pytest.mark.parametrize("weight", ["0.5", "-1"])
 def test_a_weight_other_than_one_is_refused(weight, tmp_path):
     make(tmp_path, "llama", ["embed_tokens", "lm_head"])

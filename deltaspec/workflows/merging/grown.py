@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deltaspec.io.matrix import open_matrix
 from deltaspec.merging.apply import Rows
-from deltaspec.pairing.homes import weight_of
+from deltaspec.pairing.homes import find_homes, weight_of
+from deltaspec.pairing.plan import Plan
 from deltaspec.types import AdapterIndex, Checkpoint, MatrixSource, TensorSpec, View, WeightPair
 from deltaspec.workflows.merging.tensor_changes import TensorChange
 
@@ -21,11 +22,13 @@ Grown = Mapping[TensorSpec, TensorSpec]
 def with_grown_rows(base: Checkpoint, adapter: AdapterIndex) -> tuple[Checkpoint, Grown]:
     """Return the base as the adapter's factors see it: with the rows of the weights that are saved beside them."""
     tensors, grown = dict(base.tensors), {}
-    for path in adapter.modules:
-        name = weight_of(path)
-        whole, mine = adapter.full.get(name), base.tensors.get(name)
-        if whole and mine and whole.shape[1:] == mine.shape[1:] and whole.shape[0] > mine.shape[0]:
-            tensors[name], grown[whole] = whole, mine
+    beside = {path: adapter.full[weight_of(path)] for path in adapter.modules if weight_of(path) in adapter.full}
+    homes = find_homes(base, list(adapter.modules), Plan()) if beside else {}
+    for path, whole in beside.items():
+        for name, _ in homes.get(path, []):
+            mine = base.tensors[name]
+            if whole.shape[1:] == mine.shape[1:] and whole.shape[0] > mine.shape[0]:
+                tensors[name], grown[whole] = whole, mine
     return (replace(base, tensors=tensors), grown) if grown else (base, grown)
 
 
