@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltaspec.errors import MismatchError, PairingError
+from deltaspec.errors import PairingError
 from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.options import AnalyzeOptions
@@ -50,13 +50,6 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     DeltaspecError
         If one cannot be read, they are in another order, or the adapter belongs to another base.
     """
-    try:
-        return _pair(base, tuned, adapter, options)
-    except MismatchError as error:
-        raise PairingError(error.advise(vocab=True)) from error  # verify leaves out nothing
-
-
-def _pair(base: str | Path, tuned: str | Path, adapter: str | Path, options: AnalyzeOptions) -> Trio:
     plan, first, second = make_plan(base, tuned, options)
     index = open_plain(adapter)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
