@@ -114,6 +114,7 @@ Looks = dict[str, tuple[str, str]]
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, PINK, BROWN, BLACK, GREY)
 MARKERS = ("<", ">", "p", "h", "d", "8", "o", "s", "^", "D", "v", "P", "X", "*")
 SPARE = tuple(look for look in product(COLOURS, MARKERS) if look not in ROLE_STYLE.values())
+FEW_LINES = 5  # of a legend, which a figure has room for
 LONGEST = 24  # characters of a role in a figure
 
 # What the matrix is called on an axis, by the record's spectrum_of.
@@ -227,11 +228,13 @@ def _tick_handle(colour: str, label: str) -> Line2D:
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Put one legend under all panels, in as few lines as the figure's width allows."""
+    """Put one legend under all panels, in as few lines as the width allows; many lines make the figure higher."""
     width = figure.get_figwidth() * figure.dpi
     for lines in range(1, len(handles) + 1):
         columns = math.ceil(len(handles) / lines)
         legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= 0.98 * width:
+            more = 1.4 * max(lines - FEW_LINES, 0) * matplotlib.rcParams["font.size"] / 72
+            figure.set_figheight(figure.get_figheight() + more)
             return
         legend.remove()

@@ -87,6 +87,19 @@ def test_a_role_from_a_file_is_printed_as_it_is_called(role: str, label: str) ->
     assert text.get_text() == label
 
 
+@pytest.mark.parametrize("style", VENUES)
+def test_a_long_legend_leaves_the_panels_their_height(style: str) -> None:
+    heights = []
+    for count in (2, MOST):
+        with use_venue(style):
+            figure = new_figure(style, em=20)
+            ax = figure.subplots()
+            legend_below(figure, role_handles(f"a_name_that_is_long_{number}" for number in range(count)))
+            figure.draw_without_rendering()  # warnings are errors: a layout that collapses says so
+            heights.append(ax.get_window_extent().height / figure.dpi)
+    assert heights[1] > 0.6 * heights[0]
+
+
 @pytest.mark.parametrize(("style", "width", "size"), [("neurips", 5.5, 9), ("icml", 3.25, 8), ("acl", 3.03, 8)])
 def test_sizes_are_those_of_the_venue(style: str, width: float, size: float) -> None:
     with use_venue(style):
