@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from types import ModuleType
 
 
@@ -20,6 +21,34 @@ class CheckpointError(DeltaspecError):
 
 class PairingError(DeltaspecError):
     """Base and tuned do not belong together."""
+
+
+class MismatchError(PairingError):
+    """Two tensors of one name have other shapes; which options help depends on the command.
+
+    Parameters
+    ----------
+    what : str
+        The sentence without advice.
+    name : str
+        The first such tensor.
+    vocabulary : bool
+        Whether rows of a vocabulary may differ, which --vocab common allows.
+    """
+
+    def __init__(self, what: str, name: str, *, vocabulary: bool) -> None:
+        self.what, self._name, self._vocabulary = what, name, vocabulary
+        super().__init__(self.advise(vocab=True, exclude=True))
+
+    def advise(self, *, vocab: bool = False, exclude: bool = False) -> str:
+        """Return the sentence with advice for a command that has --vocab, --exclude, both or neither."""
+        common = vocab and self._vocabulary
+        advice = "Pass --vocab common to compare the shared rows" if common else ""
+        advice = advice or "Check that the base is the one this model was tuned from"
+        if exclude:
+            pattern = "" if common else f" '{re.escape(self._name)}'"
+            advice += f", or leave it out with --exclude{pattern}"
+        return f"{self.what} {advice}."
 
 
 class NumericalError(DeltaspecError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 
+import click
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,3 +43,22 @@ def _asked_here() -> bool:
 
 if os.environ.get("DELTASPEC_EXTRAS") == "bare":
     sys.meta_path.append(_Absent())
+
+
+@pytest.fixture(autouse=True)
+def _advice_that_can_be_followed(monkeypatch):
+    """Let a command's error fail the test where it names an option that neither it nor a command it names has."""
+    from deltaspec.cli import main
+
+    class Checked(main.UserMistake):
+        def __init__(self, message):
+            super().__init__(message)
+            context = click.get_current_context(silent=True)
+            if context is not None and context.invoked_subcommand:
+                commands = {context.invoked_subcommand, *(name for name in main.COMMANDS if name in message.split())}
+                params = [p for name in commands for p in main.cli.get_command(context, name).params]
+                known = {"--help", *(flag for param in params for flag in param.opts)}
+                unknown = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", message)) - known
+                assert not unknown, f"{context.invoked_subcommand} has no {', '.join(unknown)}: {message}"
+
+    monkeypatch.setattr(main, "UserMistake", Checked)

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from deltaspec.architecture.patterns import EXPERT, Family, RoleEntry, load_families, select_families
+from deltaspec.architecture.roles import own_role
 from deltaspec.architecture.sizes import Sizes, read_model_types, read_sizes
 from deltaspec.architecture.views import alternating_parts, attention_parts, equal_parts, whole
 from deltaspec.types import KnownMatrix, MatrixKey, Shape, View
@@ -126,7 +127,7 @@ def _identify_matrices(
         family, entry = found
         key = family.place(name)
         return _read(shape, entry, key=key, sizes=vision if key.stack == "vision" else text)
-    entry = replace(generic.find(name) or RoleEntry("other"), experts=_is_stack(name, shape))
+    entry = replace(generic.find(name) or RoleEntry(own_role(name)), experts=_is_stack(name, shape))
     guesses = _read(shape, entry, key=generic.place(name), sizes=Sizes())
     return tuple(replace(guess, guessed=True) for guess in guesses)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from deltaspec.architecture.roles import ORDER
+from deltaspec.architecture.roles import group_rare, order_roles
 from deltaspec.cli.table import printable, table
 from deltaspec.store.formats.adapter import AdapterReport, BudgetReport, FactorsRow
 
@@ -42,10 +42,11 @@ def _render(report: AdapterReport, *, title: bool) -> str:
 def by_role(matrices: Sequence[FactorsRow]) -> list[dict[str, Any]]:
     """One row for each role: number of matrices, median rank, error and optimum, and the largest error."""
     groups: defaultdict[str, list[FactorsRow]] = defaultdict(list)
+    shown = group_rare(Counter(row["role"] for row in matrices))
     for row in matrices:
-        groups[row["role"]].append(row)
+        groups[shown[row["role"]]].append(row)
     rows = []
-    for role in sorted(groups, key=ORDER.index):
+    for role in order_roles(groups):
         group = groups[role]
         rows.append(
             {

@@ -9,6 +9,7 @@ import click
 
 from deltaspec.cli.flags import take
 from deltaspec.cli.methods import method_options, parse_method
+from deltaspec.cli.table import printable
 from deltaspec.options import TargetOptions
 from deltaspec.options.recipe import Recipe
 
@@ -45,7 +46,7 @@ def render_counts(counts: Counts) -> str:
     rows = [["role", "matrices", "shape", "trainable"]]
     for row in counts.roles:
         shapes = ", ".join(f"{d_out} × {d_in}" for d_out, d_in in row.shapes[:3]) + (", …" if row.shapes[3:] else "")
-        rows.append([row.role, f"{row.matrices:,}" if row.matrices else "", shapes, f"{row.trainable:,}"])
+        rows.append([printable(row.role), f"{row.matrices:,}" if row.matrices else "", shapes, f"{row.trainable:,}"])
     sums = [["trainable", f"{counts.trainable:,}", f"{counts.trainable / counts.total:.4%} of total"]]
     if counts.head:
         sums.append(["head", f"{counts.head:,}", f"trained beside it, {_bytes(size['head'])} in fp32"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltaspec.architecture.roles import group_rare
 from deltaspec.cli.flags import Output, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
@@ -61,8 +62,9 @@ def _divergence(models: tuple[str, str, str], text: str, *, options: TextOptions
 
 def _render(found: Verification, said: dict[str, Any] | None) -> str:
     groups: defaultdict[str, list[CheckedMatrix]] = defaultdict(list)
+    shown = group_rare(Counter(row.role for row in found.rows))
     for row in found.rows:
-        groups[row.role].append(row)
+        groups[shown[row.role]].append(row)
     rows = [
         {
             "role": role,
@@ -86,8 +88,8 @@ def _render(found: Verification, said: dict[str, Any] | None) -> str:
         parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
     if found.unattached:
         shown = ", ".join(map(printable, found.unattached[:8]))
-        more = f" and {len(found.unattached) - 8} more" if len(found.unattached) > 8 else ""
-        parts.append(f"Without effect once PEFT loads the adapter: {shown}{more}.")
+        further = f" and {len(found.unattached) - 8} more" if len(found.unattached) > 8 else ""
+        parts.append(f"Without effect once PEFT loads the adapter: {shown}{further}.")
     if found.rest:
         right = sum(row.right for row in found.rest)
         parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")

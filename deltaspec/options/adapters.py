@@ -87,7 +87,9 @@ class FormOptions:
         f"What else goes in: {', '.join(EXTRAS)}. bias: changes of biases; all: also norms and whatever else PEFT can "
         "store whole. Both need the target peft.",
     )
-    rslora: bool = option(False, "Write α = √r, for loaders that scale by α/√r; the scale is 1 either way.")
+    rslora: bool = option(
+        False, "Write α = √r, for loaders that scale by α/√r, as llama.cpp does not; the scale is 1 either way."
+    )
     split_fused: bool = option(
         False, "Factorise the parts of a fused matrix one by one; the rank of the module is their sum."
     )
@@ -98,6 +100,9 @@ class FormOptions:
             if getattr(self, name) not in known:
                 message = f"--{name} is '{getattr(self, name)}': expected {', '.join(known)}."
                 raise OptionError(message)
+        if self.target == "llamacpp" and self.rslora:
+            message = "--rslora scales by α/√r, and llama.cpp by α/r: leave it out, the scale is 1 either way."
+            raise OptionError(message)
         if self.target != "peft" and self.split_fused:
             message = f"--split-fused makes ranks differ, and {self.target} loads one rank: pass --target peft."
             raise OptionError(message)

@@ -9,6 +9,7 @@ from deltaspec.architecture.roles import fused_role
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
+from deltaspec.pairing.advice import refuse_grown
 from deltaspec.pairing.dense import pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened
 from deltaspec.pairing.homes import Homes, factor_shape, find_homes, pair_factors, weight_of
@@ -53,6 +54,7 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         if not work.leaves_out(name):
             _pair_home(work, layout, tuned, (name, place, path), homes[path])
     _pair_biases(work, base, tuned, homes)
+    refuse_grown(work, base, tuned)
     work.refuse_shapes()
     for name in sorted(tuned.full.keys() - homes.keys(), key=natural_order):
         beside = name.removesuffix(".weight") in tuned.modules

@@ -6,12 +6,16 @@ from collections import Counter
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification, identify
+from deltaspec.architecture.roles import ROLES
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.names import align_names, natural_order
 from deltaspec.pairing.plan import HEAD, VOCABULARY_ROLES, Pairing, Plan, VectorPair, is_head, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
 from deltaspec.types import Checkpoint, KnownMatrix, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
+
+# Roles that tell one matrix of a block from its neighbours; a role outside the vocabulary is a name, not a place.
+SAYING = ROLES.keys() - {"other", "conv"}
 
 
 def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOptions) -> Plan:
@@ -47,10 +51,15 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
 
 
 def _note_guesses(plan: Plan) -> None:
-    for pair in plan.pairs:
-        if pair.guessed:
-            place = "" if pair.key.depth is None else f" of block {pair.key.depth}"
-            plan.note(f"'{pair.key.tensor}' is in no known family: taken for {pair.key.role}{place}")
+    guessed = [pair.key for pair in plan.pairs if pair.guessed]
+    if guessed:
+        first, many = guessed[0], len(guessed) > 1
+        place = "" if first.depth is None else f" of block {first.depth}"
+        plan.note(
+            f"{len(guessed)} of {len(plan.pairs)} matrices {'are' if many else 'is'} in no known family: taken for "
+            f"what {'their modules are' if many else 'its module is'} called ("
+            f"{'for example ' if many else ''}'{first.tensor}' for {first.role}{place})"
+        )
 
 
 def _note_coarse_bases(plan: Plan) -> None:
@@ -192,6 +201,6 @@ def _unique_places(
     found: dict[tuple[object, ...], list[tuple[str, KnownMatrix]]] = {}
     for name in names:
         for identified in known.matrices.get(name, ()):
-            if identified.key.depth is not None and identified.key.role not in ("other", "conv"):
+            if identified.key.depth is not None and identified.key.role in SAYING:
                 found.setdefault(_place(identified), []).append((name, identified))
     return {place: rows[0] for place, rows in found.items() if len(rows) == 1}

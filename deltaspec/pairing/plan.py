@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from deltaspec.architecture.match import Identification
-from deltaspec.errors import PairingError
+from deltaspec.errors import MismatchError, PairingError
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, TensorSpec, WeightPair
@@ -114,21 +114,15 @@ def refuse_shapes(wrong: Sequence[Mismatch], *, vocabulary: bool) -> None:
 
     Raises
     ------
-    PairingError
+    MismatchError
         If ``wrong`` names any tensor.
     """
     if not wrong:
         return
     name, base, tuned = wrong[0]
     more = f" (and {len(wrong) - 1} more tensors differ)" if len(wrong) > 1 else ""
-    advice = (
-        "Pass --vocab common to compare the shared rows, or leave it out with --exclude."
-        if vocabulary
-        else "Check that the base is the one this model was tuned from, or leave it out with "
-        f"--exclude '{re.escape(name)}'."
-    )
-    message = f"Cannot pair '{name}': base has shape {base}, tuned has {tuned}{more}. {advice}"
-    raise PairingError(message)
+    what = f"Cannot pair '{name}': base has shape {base}, tuned has {tuned}{more}."
+    raise MismatchError(what, name, vocabulary=vocabulary)
 
 
 def refuse_empty(plan: Plan, base: Checkpoint | AdapterIndex, tuned: Checkpoint | AdapterIndex) -> None:

@@ -68,7 +68,8 @@ def sum_adapters(adapters: Sequence[AdapterIndex], weights: Sequence[float]) -> 
         name = _tensor(path, terms[path][0][1])
         found = known.matrices.get(name, ())
         role = fused_role((part.key.role for part in found), otherwise="other")
-        key = found[0].key if len(found) == 1 else MatrixKey(name, role=role)
+        role = found[0].key.role if len(found) == 1 else role
+        key = replace(found[0].key, role=role) if found else MatrixKey(name, role=role)
         modules.append(_module(path, terms[path], replace(key, tensor=name, part="", expert=None)))
     total.modules = tuple(modules)
     return total

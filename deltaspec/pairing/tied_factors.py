@@ -8,6 +8,7 @@ from deltaspec.architecture.match import Identification
 from deltaspec.errors import PairingError
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_layout import Layout
+from deltaspec.pairing.advice import say_missing
 from deltaspec.pairing.homes import Homes, factor_shape, weight_of
 from deltaspec.pairing.names import natural_order
 from deltaspec.pairing.plan import Plan
@@ -42,7 +43,7 @@ def pair_tied(plan: Plan, layout: Layout, tuned: AdapterIndex, homes: Homes, kno
         term, name = terms[path], weight_of(path)
         stored = _shared(layout, name, factor_shape(term), known)
         if stored is None:
-            raise _lacks(layout, tuned, name)
+            raise PairingError(say_missing(layout.base, tuned, name))
         (found,) = known.matrices[stored]
         twin = next((p for p, home in homes.items() if home[0][0] == stored and p in tuned.modules), None)
         first = twin is None and term.embedding and layout.is_unread(_path(layout, stored))
@@ -74,16 +75,6 @@ def _shared(layout: Layout, name: str, shape: tuple[int, int], known: Identifica
     if not name.endswith((*HEAD_NAMES, "vocab_projector.weight", "embed_tokens.weight")):
         return None
     return next((n for n in candidates if known.matrices[n][0].key.role == "embed"), None)
-
-
-def _lacks(layout: Layout, tuned: AdapterIndex, name: str) -> PairingError:
-    base = layout.base.ref
-    advice = f"pass the base it was trained from (its config says '{tuned.base_model}')"
-    reason = layout.unattached(name.removesuffix(".weight"))
-    message = (
-        f"The adapter {tuned.ref} targets '{name}', which {base} lacks{f' ({reason})' if reason else ''}: {advice}."
-    )
-    return PairingError(message)
 
 
 def _same_product(first: LowRankTerm, second: LowRankTerm) -> bool:

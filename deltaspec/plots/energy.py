@@ -8,14 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
+from deltaspec.architecture.roles import order_roles
 from deltaspec.plots.style import (
     GUIDE_COLOUR,
     SYMBOLS,
+    Looks,
     legend_below,
     new_figure,
-    order_roles,
-    role_handle,
-    role_style,
+    role_handles,
+    role_styles,
     use_venue,
 )
 from deltaspec.plots.tables import Columns, Row, order_stacks, to_rows
@@ -44,25 +45,25 @@ def draw_energy(columns: Columns, *, style: str = "neurips") -> Figure:
         If there is no such style.
     """
     rows = to_rows(columns)
-    stacks = order_stacks(columns["stack"])
+    stacks, styles = order_stacks(columns["stack"]), role_styles(columns["role"])
     with use_venue(style):
         figure = new_figure(style, em=21)
         axes = figure.subplots(1, len(stacks), squeeze=False, sharey=True)[0]
         for stack, ax in zip(stacks, axes, strict=True):
-            _draw_shares(ax, [row for row in rows if row["stack"] == stack])
+            _draw_shares(ax, [row for row in rows if row["stack"] == stack], styles)
             ax.set_title(stack)
             ax.set_xlabel("rank")
         axes[0].set_ylabel(rf"share of $\Vert {SYMBOLS[rows[0]['spectrum_of']]}\Vert^2$ kept")
-        legend_below(figure, [role_handle(role) for role in order_roles(columns["role"])])
+        legend_below(figure, role_handles(columns["role"]))
     return figure
 
 
-def _draw_shares(ax: Axes, rows: Sequence[Row]) -> None:
+def _draw_shares(ax: Axes, rows: Sequence[Row], styles: Looks) -> None:
     ax.axhline(GUIDE, color=GUIDE_COLOUR, zorder=0)
     for place, role in enumerate(order_roles(row["role"] for row in rows)):
         line = [row for row in rows if row["role"] == role]
         ranks = [row["rank"] for row in line]
-        colour, marker = role_style(role)
+        colour, marker = styles[role]
         low, high = ([row[f"energy_kept_{end}"] for row in line] for end in ("q25", "q75"))
         ax.fill_between(ranks, low, high, color=colour, alpha=0.1, linewidth=0)
         kept = [row["energy_kept"] for row in line]

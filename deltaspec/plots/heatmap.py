@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from deltaspec.plots.style import legend_below, new_figure, order_roles, use_venue
+from deltaspec.architecture.roles import order_roles
+from deltaspec.plots.style import label_role, legend_below, new_figure, use_venue
 from deltaspec.plots.tables import Columns, Row, has_rounding, order_stacks, to_columns, to_rows
 
 HATCH = "////"
@@ -85,7 +86,7 @@ def _draw_cells(ax: Axes, rows: Sequence[Row], *, limits: tuple[float, float]) -
         edges, np.arange(len(roles) + 1) - 0.5, ratios, vmin=limits[0], vmax=limits[1], rasterized=False
     )
     ax.set_ylim(len(roles) - 0.5, -0.5)
-    ax.set_yticks(range(len(roles)), roles)
+    ax.set_yticks(range(len(roles)), [label_role(role) for role in roles])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12, min_n_ticks=1))
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

@@ -9,14 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from deltaspec.architecture.roles import order_roles
 from deltaspec.plots.style import (
+    Looks,
     find_venue,
     label_rank,
     legend_below,
     new_figure,
-    order_roles,
-    role_handle,
-    role_style,
+    role_handles,
+    role_styles,
     rounding_handle,
     use_venue,
 )
@@ -52,7 +53,7 @@ def draw_rank_by_depth(columns: Columns, *, style: str = "neurips") -> Figure:
         If there is no such style.
     """
     rows = to_rows(columns)
-    stacks = order_stacks(columns["stack"])
+    stacks, styles = order_stacks(columns["stack"]), role_styles(columns["role"])
     with use_venue(style):
         crowded = find_venue(style).narrow or len(set(columns["depth"])) > CROWDED
         stacked = crowded and len(stacks) == 1
@@ -62,24 +63,24 @@ def draw_rank_by_depth(columns: Columns, *, style: str = "neurips") -> Figure:
         for stack, pair in zip(stacks, axes, strict=True):
             members = [row for row in rows if row["stack"] == stack]
             for name, ax in zip(RANKS, pair, strict=True):
-                _draw_lines(ax, members, name=name)
+                _draw_lines(ax, members, styles, name=name)
                 ax.set_ylabel(label_rank(name, rows[0]["spectrum_of"], join="\n"), linespacing=1.1)
             pair[0].set_title(stack)
         figure.align_ylabels()
         for ax in axes[-1, stacked:]:
             ax.set_xlabel("layer")
-        handles = [role_handle(role) for role in order_roles(columns["role"])]
+        handles = role_handles(columns["role"])
         legend_below(
             figure, handles + [rounding_handle()] * any(has_rounding(row, name) for row in rows for name in RANKS)
         )
     return figure
 
 
-def _draw_lines(ax: Axes, rows: Sequence[Row], *, name: str) -> None:
+def _draw_lines(ax: Axes, rows: Sequence[Row], styles: Looks, *, name: str) -> None:
     for role in order_roles(row["role"] for row in rows):
         line = [row for row in rows if row["role"] == role]
         depths = [row["depth"] for row in line]
-        colour, marker = role_style(role)
+        colour, marker = styles[role]
         low, high = ([row[f"{name}_{end}"] for row in line] for end in ("min", "max"))
         ax.fill_between(depths, low, high, color=colour, alpha=0.1, linewidth=0)
         ax.plot(

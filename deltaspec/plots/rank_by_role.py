@@ -13,11 +13,12 @@ from deltaspec.plots.style import (
     NULL_COLOUR,
     find_venue,
     label_rank,
+    label_role,
     legend_below,
     median_handle,
     new_figure,
     null_handle,
-    role_style,
+    role_styles,
     rounding_handle,
     use_venue,
 )
@@ -51,18 +52,18 @@ def draw_rank_by_role(columns: Columns, *, style: str = "neurips") -> Figure:
     """
     rows = to_rows(columns)
     groups = list(dict.fromkeys((row["stack"], row["role"]) for row in rows))
-    narrow = find_venue(style).narrow
+    narrow, styles = find_venue(style).narrow, role_styles(columns["role"])
     with use_venue(style):
         figure = new_figure(style, em=7.5 + 1.75 * max(len(groups), 2))
         axes = figure.subplots(1, 2, sharey=True)
         for name, ax in zip(RANKS, axes, strict=True):
             for place, group in enumerate(groups):
                 members = [row for row in rows if (row["stack"], row["role"]) == group]
-                _draw_role(ax, members, place=place, name=name)
+                _draw_role(ax, members, styles[group[1]], place=place, name=name)
             ax.set_xlabel(label_rank(name, rows[0]["spectrum_of"], join="\n" if narrow else " "), linespacing=1.1)
             ax.set_xlim(0, _choose_limit(rows, name=name))
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5 if narrow else 7, min_n_ticks=1))
-        axes[0].set_yticks(range(len(groups)), [" ".join(filter(None, group)) for group in groups])
+        axes[0].set_yticks(range(len(groups)), [f"{stack} {label_role(role)}".lstrip() for stack, role in groups])
         axes[0].set_ylim(len(groups) - 0.5, -0.5)
         axes[1].tick_params(left=False)
         handles = [median_handle(), null_handle()]
@@ -71,8 +72,8 @@ def draw_rank_by_role(columns: Columns, *, style: str = "neurips") -> Figure:
     return figure
 
 
-def _draw_role(ax: Axes, rows: Sequence[Row], *, place: int, name: str) -> None:
-    colour, marker = role_style(rows[0]["role"])
+def _draw_role(ax: Axes, rows: Sequence[Row], look: tuple[str, str], *, place: int, name: str) -> None:
+    colour, marker = look
     count = len(rows)
     heights = [place + SPREAD * ((number + 0.5) / count - 0.5) for number in range(count)]
     for hollow in (False, True):

@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from deltaspec.architecture.roles import order_roles
 from deltaspec.plots.style import (
     GREY,
     NULL_COLOUR,
     SYMBOLS,
     find_venue,
+    label_role,
     legend_below,
     new_figure,
-    order_roles,
-    role_style,
+    role_styles,
     use_venue,
 )
 from deltaspec.plots.tables import Columns, Floats, Row, Values, choose_drawn, metric, thin_ranks, to_columns, to_rows
@@ -126,13 +127,14 @@ def draw_spectrum(columns: Columns, *, style: str = "neurips") -> Figure:
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in to_rows(columns):
         groups[row["tensor"], row["part"], str(row["expert"])].append(row)
+    colours = role_styles(columns["role"])
     with use_venue(style):
         across = _choose_across(len(groups), narrow=find_venue(style).narrow)
         down = math.ceil(len(groups) / across)
         figure = new_figure(style, em=(5 + 9.5 * down) if across > 1 else 18)
         axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
         for ax, rows in zip(axes, groups.values(), strict=False):
-            _draw_matrix(ax, rows)
+            _draw_matrix(ax, rows, colours[rows[0]["role"]][0])
         for ax in axes[len(groups) :]:
             ax.remove()
         for ax in axes[max(len(groups) - across, 0) : len(groups)]:
@@ -148,7 +150,7 @@ def _choose_across(count: int, *, narrow: bool) -> int:
     return min(count, 4) if count < 4 or -count % 4 <= -count % 3 else 3
 
 
-def _draw_matrix(ax: Axes, rows: Sequence[Row]) -> None:
+def _draw_matrix(ax: Axes, rows: Sequence[Row], colour: str) -> None:
     first = rows[0]
     index = [row["index"] for row in rows]
     ax.plot(index, [row["noise_singular_value"] for row in rows], color=NULL_COLOUR, linestyle=NULL_DASHES)
@@ -156,12 +158,12 @@ def _draw_matrix(ax: Axes, rows: Sequence[Row]) -> None:
         ax.axhline(first["rounding_edge"], color="black", linestyle=EDGE_DASHES)
     values = [row["singular_value"] for row in rows]
     if any(map(math.isfinite, values)):
-        ax.plot(index, values, color=role_style(first["role"])[0])
+        ax.plot(index, values, color=colour)
     else:
         ax.text(0.5, 0.5, "zero", transform=ax.transAxes, ha="center", va="center")
     place = " ".join(str(part) for part in (first["stack"], first["depth"]) if part not in ("", None))
     where = f", {'' if first['stack'] else 'layer '}{place}" if place else ""
-    ax.set_title(first["role"] + where)
+    ax.set_title(label_role(first["role"]) + where)
 
 
 def _label(figure: Figure, axes: Sequence[Axes], columns: Columns) -> None:

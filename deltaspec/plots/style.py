@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from deltaspec.architecture.roles import order_roles
 from deltaspec.errors import OptionError
 
 MPLSTYLE = Path(__file__).with_name("deltaspec.mplstyle")
@@ -104,6 +107,16 @@ ROLE_STYLE: dict[str, tuple[str, str]] = {
     "other": (GREY, "o"),
 }
 
+Looks = dict[str, tuple[str, str]]
+"""Role → (colour, marker)."""
+
+# For roles outside the vocabulary: every other pair of a colour and a marker.
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, PINK, BROWN, BLACK, GREY)
+MARKERS = ("<", ">", "p", "h", "d", "8", "o", "s", "^", "D", "v", "P", "X", "*")
+SPARE = tuple(look for look in product(COLOURS, MARKERS) if look not in ROLE_STYLE.values())
+FEW_LINES = 5  # of a legend, which a figure has room for
+LONGEST = 24  # characters of a role in a figure
+
 # What the matrix is called on an axis, by the record's spectrum_of.
 SYMBOLS = {"delta": r"\Delta W", "tuned": "W", "base": "W"}
 
@@ -115,15 +128,25 @@ def label_rank(name: str, spectrum_of: str, *, join: str = " ") -> str:
     return rf"rank keeping 90 %{join}of $\Vert {SYMBOLS[spectrum_of]}\Vert^2$"
 
 
-def role_style(role: str) -> tuple[str, str]:
-    """Return a role's (colour, marker); a role without its own has that of ``other``."""
-    return ROLE_STYLE.get(role, ROLE_STYLE["other"])
+def role_styles(roles: Iterable[str]) -> Looks:
+    """Map each role, in the order of ``order_roles``, to its (colour, marker).
+
+    One outside the vocabulary has the pair that its name picks, the same in every figure, or the next that is free; of
+    more than there are pairs, the last look like ``other``.
+    """
+    styles: Looks = {}
+    for role in order_roles(roles):
+        first = crc32(role.encode(errors="replace")) % len(SPARE)
+        free = (look for look in (*SPARE[first:], *SPARE[:first]) if look not in styles.values())
+        styles[role] = ROLE_STYLE[role] if role in ROLE_STYLE else next(free, ROLE_STYLE["other"])
+    return styles
 
 
-def order_roles(roles: Iterable[str]) -> list[str]:
-    """Return each role once, in the order of ``ROLE_STYLE``; unknown ones last, by name."""
-    place = {role: number for number, role in enumerate(ROLE_STYLE)}
-    return sorted(set(roles), key=lambda role: (place.get(role, len(place)), role))
+def label_role(role: str) -> str:
+    """Return a role as a figure prints it: a name from a file may be long, a formula, or hidden from legends by `_`."""
+    clean = "".join(c if c.isprintable() else "?" for c in role)
+    clean = clean if len(clean) <= LONGEST else f"{clean[: LONGEST - 1]}…"
+    return (" " if clean.startswith("_") else "") + clean.replace("$", r"\$")
 
 
 def find_venue(style: str) -> Venue:
@@ -176,10 +199,10 @@ def new_figure(style: str, *, em: float) -> Figure:
     return Figure(figsize=(venue.width, venue.height(em)), layout="constrained")
 
 
-def role_handle(role: str, *, line: bool = True) -> Line2D:
-    """Return the legend's entry of one role."""
-    colour, marker = role_style(role)
-    return Line2D([], [], color=colour, marker=marker, linestyle="-" if line else "none", label=role)
+def role_handles(roles: Iterable[str]) -> list[Line2D]:
+    """Return the legend's entry of each role."""
+    looks = role_styles(roles).items()
+    return [Line2D([], [], color=colour, marker=marker, label=label_role(role)) for role, (colour, marker) in looks]
 
 
 def rounding_handle() -> Line2D:
@@ -205,11 +228,13 @@ def _tick_handle(colour: str, label: str) -> Line2D:
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist]) -> None:
-    """Put one legend under all panels, in as few lines as the figure's width allows."""
+    """Put one legend under all panels, in as few lines as the width allows; many lines make the figure higher."""
     width = figure.get_figwidth() * figure.dpi
     for lines in range(1, len(handles) + 1):
         columns = math.ceil(len(handles) / lines)
         legend = figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= 0.98 * width:
+            more = 1.4 * max(lines - FEW_LINES, 0) * matplotlib.rcParams["font.size"] / 72
+            figure.set_figheight(figure.get_figheight() + more)
             return
         legend.remove()

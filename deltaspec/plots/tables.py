@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltaspec.plots.style import order_roles
+from deltaspec.architecture.roles import order_roles
 from deltaspec.spectra.resolution import counts_rounding
 from deltaspec.types import MatrixRecord
 

@@ -12,15 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
 
+from deltaspec.architecture.roles import order_roles
 from deltaspec.plots.figures import Draw
 from deltaspec.plots.style import (
+    Looks,
     find_venue,
     label_rank,
     legend_below,
     new_figure,
-    order_roles,
-    role_handle,
-    role_style,
+    role_handles,
+    role_styles,
     rounding_handle,
     use_venue,
 )
@@ -140,7 +141,7 @@ STEP_FIGURES: dict[str, StepFigure] = {
 
 def _draw(columns: Columns, names: Sequence[str], *, style: str) -> Figure:
     rows = to_rows(columns)
-    stacks = order_stacks(columns["stack"])
+    stacks, styles = order_stacks(columns["stack"]), role_styles(columns["role"])
     with use_venue(style):
         stacked = find_venue(style).narrow and len(stacks) == 1
         shape = (2, 1) if stacked else (len(stacks), 2)
@@ -149,7 +150,7 @@ def _draw(columns: Columns, names: Sequence[str], *, style: str) -> Figure:
         for stack, pair in zip(stacks, axes, strict=True):
             members = [row for row in rows if row["stack"] == stack]
             for name, ax in zip(names, pair, strict=True):
-                _draw_lines(ax, members, name=name)
+                _draw_lines(ax, members, styles, name=name)
                 _scale_steps(ax, sorted(set(columns["step"])))
                 ax.set_ylabel(_label(name, rows[0]["spectrum_of"]), linespacing=1.1)
             pair[0].set_title(stack)
@@ -157,7 +158,7 @@ def _draw(columns: Columns, names: Sequence[str], *, style: str) -> Figure:
         for ax in axes[-1, stacked:]:
             ax.set_xlabel("training step")
         hollow = any(has_rounding(row, name) for row in rows for name in RANKS)
-        handles = [role_handle(role) for role in order_roles(columns["role"])]
+        handles = role_handles(columns["role"])
         legend_below(figure, handles + [rounding_handle()] * hollow)
     return figure
 
@@ -167,10 +168,10 @@ def _label(name: str, spectrum_of: str) -> str:
     return label_rank(rank, spectrum_of, join="\n") + ("" if rank == name else ",\nshare of noise")
 
 
-def _draw_lines(ax: Axes, rows: Sequence[Row], *, name: str) -> None:
+def _draw_lines(ax: Axes, rows: Sequence[Row], styles: Looks, *, name: str) -> None:
     for role in order_roles(row["role"] for row in rows):
         line = [row for row in rows if row["role"] == role]
-        colour, marker = role_style(role)
+        colour, marker = styles[role]
         for hollow in (False, True):
             points = [row for row in line if not hollow or has_rounding(row, name.removesuffix("_ratio"))]
             ax.plot(

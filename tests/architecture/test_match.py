@@ -190,7 +190,7 @@ def test_unknown_architecture_is_guessed_and_said() -> None:
     assert result.family == "generic"
     assert result.guessed == tuple(names)
     places = [(found.key.role, found.key.depth) for (found,) in result.matrices.values()]
-    assert places == [("q_proj", 3), ("other", 3), ("other", None)]
+    assert places == [("q_proj", 3), ("frobnicate", 3), ("table", None)]
 
 
 def test_unknown_shapes_are_flattened_unless_they_are_experts() -> None:

@@ -8,9 +8,19 @@ import matplotlib
 import numpy as np
 import pytest
 
-from deltaspec.architecture.roles import ORDER
+from deltaspec.architecture.roles import MOST, ORDER
 from deltaspec.errors import OptionError
-from deltaspec.plots.style import ROLE_STYLE, VENUES, new_figure, order_roles, role_style, use_venue
+from deltaspec.plots.style import (
+    ROLE_STYLE,
+    SPARE,
+    VENUES,
+    label_role,
+    legend_below,
+    new_figure,
+    role_handles,
+    role_styles,
+    use_venue,
+)
 
 USUAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Machado, Oliveira and Fernandes, IEEE TVCG 2009, severity 1, on linear RGB.
@@ -40,7 +50,7 @@ def test_no_two_roles_look_alike() -> None:
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_usual_roles_differ_for_every_sight(sight: str) -> None:
-    colours = [to_lab(role_style(role)[0], sight) for role in USUAL]
+    colours = [to_lab(ROLE_STYLE[role][0], sight) for role in USUAL]
     nearest = min(float(np.linalg.norm(a - b)) for a, b in combinations(colours, 2))
     assert nearest > 15  # CIE 1976; neighbours in a legend are told apart from about 10
 
@@ -49,9 +59,45 @@ def test_red_and_green_would_fail_the_same_check() -> None:
     assert np.linalg.norm(to_lab("#B85C4A", "deuteranopia") - to_lab("#7F8A33", "deuteranopia")) < 15
 
 
-def test_unknown_roles_come_last_and_look_like_other() -> None:
-    assert order_roles(["zeta", "down_proj", "alpha", "q_proj", "q_proj"]) == ["q_proj", "down_proj", "alpha", "zeta"]
-    assert role_style("zeta") == ROLE_STYLE["other"]
+def test_unknown_roles_look_unlike_each_other_and_all_known_ones_and_alike_in_every_figure() -> None:
+    unknown = [f"W{number}" for number in range(MOST)]
+    styles = role_styles([*unknown, *ROLE_STYLE])
+    assert len(set(styles.values())) == len(styles) == MOST + len(ROLE_STYLE)
+    assert all(styles[role] == look for role, look in ROLE_STYLE.items())
+    assert role_styles(["W1", "q_proj"])["W1"] == role_styles(["W1"])["W1"] != role_styles(["W2"])["W2"]
+
+
+def test_more_roles_than_looks_still_all_have_one() -> None:
+    styles = role_styles(f"W{number}" for number in range(len(SPARE) + 3))
+    assert list(styles.values()).count(ROLE_STYLE["other"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("role", "label"),
+    [("W_out", "W_out"), ("$x$", r"\$x\$"), ("_hidden", " _hidden"), ("a\x1bb", "a?b"), ("x" * 99, "x" * 23 + "…")],
+)
+def test_a_role_from_a_file_is_printed_as_it_is_called(role: str, label: str) -> None:
+    """A formula would be set, or stop the figure where it is none; a leading underscore hides an entry of a legend."""
+    assert label_role(role) == label
+    with use_venue("neurips"):
+        figure = new_figure("neurips", em=20)
+        legend_below(figure, role_handles([role]))
+        figure.draw_without_rendering()
+        (text,) = figure.legends[0].get_texts()
+    assert text.get_text() == label
+
+
+@pytest.mark.parametrize("style", VENUES)
+def test_a_long_legend_leaves_the_panels_their_height(style: str) -> None:
+    heights = []
+    for count in (2, MOST):
+        with use_venue(style):
+            figure = new_figure(style, em=20)
+            ax = figure.subplots()
+            legend_below(figure, role_handles(f"a_name_that_is_long_{number}" for number in range(count)))
+            figure.draw_without_rendering()  # warnings are errors: a layout that collapses says so
+            heights.append(ax.get_window_extent().height / figure.dpi)
+    assert heights[1] > 0.6 * heights[0]
 
 
 @pytest.mark.parametrize(("style", "width", "size"), [("neurips", 5.5, 9), ("icml", 3.25, 8), ("acl", 3.03, 8)])

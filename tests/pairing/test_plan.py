@@ -149,12 +149,32 @@ def test_a_vector_has_common_rows_where_it_is_a_bias():
     assert [pair.shape for pair in plan.pairs] == [(9, 4)]
 
 
-def test_names_of_no_known_family_are_said_to_be_guessed():
-    shapes = {"trunk.3.q_proj.weight": (4, 4), "odd.weight": (3, 2)}
+@pytest.mark.parametrize(
+    ("names", "roles", "said"),
+    [
+        (
+            ("trunk.3.q_proj.weight", "odd.weight"),
+            ["odd", "q_proj"],
+            "1 of 2 matrices is in no known family: taken for what its module is called ('odd.weight' for odd)",
+        ),
+        (
+            ("trunk.3.W1.weight", "trunk.3.W_out.weight"),
+            ["W1", "W_out"],
+            "2 of 2 matrices are in no known family: taken for what their modules are called (for example "
+            "'trunk.3.W1.weight' for W1 of block 3)",
+        ),
+    ],
+)
+def test_names_of_no_known_family_are_said_to_be_guessed_in_one_line(names, roles, said):
+    shapes = dict.fromkeys(names, (4, 4))
     plan = pair_checkpoints(checkpoint(shapes), checkpoint(shapes, "tuned"), OPTIONS)
-    guessed = {pair.key.tensor: pair.key for pair in plan.pairs if pair.guessed}
-    said = [str(note) for note in plan.notes]
-    assert len(said) == len(guessed) > 0
-    for name, key in guessed.items():
-        place = "" if key.depth is None else f" of block {key.depth}"
-        assert f"'{name}' is in no known family: taken for {key.role}{place}" in said
+    assert [str(note) for note in plan.notes] == [said]
+    assert [pair.key.role for pair in plan.pairs] == roles
+
+
+def test_a_name_outside_the_vocabulary_is_no_place_to_pair_by():
+    base, tuned = {"a.0.first.W1.weight": (4, 4)}, {"b.0.second.W1.weight": (4, 4)}
+    shared = {"norm.weight": (4,)}
+    plan = pair_checkpoints(checkpoint(base | shared), checkpoint(tuned | shared, "tuned"), OPTIONS)
+    assert plan.pairs == []
+    assert {note.tensor for note in plan.skipped} == {*base, *tuned}

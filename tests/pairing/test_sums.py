@@ -92,7 +92,7 @@ def test_kinds_of_modules():
     [
         ("model.layers.0.self_attn.qkv_proj", (48, 24), "qkv_proj"),
         ("model.layers.0.mlp.gate_up_proj", (80, 24), "gate_up_proj"),
-        ("something.unheard_of", (5, 6), "other"),
+        ("something.unheard_of", (5, 6), "unheard_of"),
     ],
 )
 def test_a_fused_module_is_named_as_a_whole(path, shape, role):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from deltaspec.architecture.roles import ROLES
+from deltaspec.architecture.roles import order_roles
 from deltaspec.errors import OptionError
 from deltaspec.options.training import TargetOptions
 from deltaspec.training.sites.model_sites import base_parameters, identify_parameters, list_modules, list_sites
@@ -128,7 +128,7 @@ def _say_unmatched(model: nn.Module, piece: str, parts: Sequence[Site]) -> str:
             f"--targets has '{piece}', which matches no layer: '{left.tensor}' ({shape}) and what is like it cannot be "
             f"adapted, being {left.reason}; pass other --targets, or --method full."
         )
-    roles = sorted({site.key.role for site in parts}, key=list(ROLES).index)
+    roles = order_roles(site.key.role for site in parts)
     inside, hint = [site.path for site in parts if site.key.depth is not None], ""
     if inside and not _is_name(piece):
         hint = f"; a regular expression must match a whole path such as '{inside[0]}'"

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from deltaspec.architecture.roles import ROLES
+from deltaspec.architecture.roles import order_roles
 from deltaspec.pairing.names import natural_order
 from deltaspec.spectra.resolution import counts_rounding
 from deltaspec.store.run import Run
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import MatrixRecord
+from deltaspec.workflows.analysis.shown_roles import with_shown_roles
 
 Row = dict[str, Any]
 Group = tuple[Any, ...]  # what the rows of one group have in common
@@ -30,11 +31,12 @@ COLUMNS = (
 
 def by_role(records: list[MatrixRecord]) -> list[Row]:
     """One row for each spectrum, stack and role: number of matrices and the median of each of COLUMNS."""
-    order = {role: i for i, role in enumerate(ROLES)}
+    (shown,) = with_shown_roles([records])
+    order = order_roles(record.key.role for record in shown)
     return _grouped(
-        records,
+        shown,
         lambda r: (r.spectrum_of, r.key.stack, r.key.role),
-        lambda k: (k[0], k[1], order.get(k[2], len(order))),
+        lambda k: (k[0], k[1], order.index(k[2])),
         ("spectrum_of", "stack", "role"),
     )
 
@@ -70,8 +72,8 @@ def by_step(trajectory: Trajectory, view: str = "role") -> list[Row]:
     """
     names = ("spectrum_of", "stack", "role", "depth", "matrix")
     groups: defaultdict[Group, list[Row]] = defaultdict(list)
-    for step, run in zip(trajectory.steps, trajectory.runs, strict=True):
-        for row in VIEWS[view](run.records):
+    for step, records in zip(trajectory.steps, with_shown_roles([run.records for run in trajectory.runs]), strict=True):
+        for row in VIEWS[view](records):
             groups[tuple(row.get(name) for name in names)].append({"step": step, **row})
     return [row for group in groups.values() for row in group]
 

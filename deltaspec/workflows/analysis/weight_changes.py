@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.delta import DenseDelta, stream
+from deltaspec.errors import MismatchError, PairingError
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.io.open import open_source
 from deltaspec.options import AnalyzeOptions
@@ -61,7 +62,11 @@ def open_changes(
             if chosen(key.tensor, options)
         ]
         return {str(task.key): _live(attached.attachment, task, device) for task in tasks}
-    return {str(pair.key): _stored(pair, device) for pair in pair_sources(base.source, tuned, options).pairs}
+    try:
+        plan = pair_sources(base.source, tuned, options)
+    except MismatchError as error:
+        raise PairingError(error.advise(exclude=True)) from error  # what compare has
+    return {str(pair.key): _stored(pair, device) for pair in plan.pairs}
 
 
 def _stored(pair: WeightPair, device: torch.device) -> Change:

@@ -18,6 +18,7 @@ from deltaspec.plots.tables import Columns, Floats
 from deltaspec.plots.trajectory import STEP_FIGURES
 from deltaspec.store.trajectory import Trajectory
 from deltaspec.types import MatrixRecord
+from deltaspec.workflows.analysis.shown_roles import with_shown_roles
 
 if TYPE_CHECKING:
     from deltaspec.store.run import Run
@@ -67,12 +68,13 @@ def plot(
 def _tabulate(run: Run | Trajectory) -> Iterator[tuple[str, tuple[Columns, Draw]]]:
     """Yield each figure's name with its columns and how they are drawn."""
     if isinstance(run, Trajectory):
-        steps = [(step, one.records) for step, one in zip(run.steps, run.runs, strict=True) if one.records]
+        shown = with_shown_roles([one.records for one in run.runs])
+        steps = [(step, records) for step, records in zip(run.steps, shown, strict=True) if records]
         if not steps:
             raise _nothing(run.path)
         yield from ((name, (entry.tabulate(steps), entry.draw)) for name, entry in STEP_FIGURES.items())
         return
-    records = list(run.records)
+    (records,) = with_shown_roles([run.records])
     if not records:
         raise _nothing(run.path)
 

@@ -17,6 +17,7 @@ from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
 from deltaspec.workflows.extraction.certificate import Written, write_report
 from deltaspec.workflows.extraction.factorise_matrix import name_factors
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
+from deltaspec.workflows.extraction.servers import SERVERS
 
 
 def write_adapters(assembly: Assembly, folder: Path) -> dict[str, AdapterReport]:
@@ -35,6 +36,8 @@ def _write_one(assembly: Assembly, folder: Path, label: str) -> Written:
     form = assembly.options.form
     with_bias = form.extras in ("bias", "all")
     ranks = _stored_ranks(assembly, label)
+    if server := SERVERS.get(form.target):
+        server.max_lora_rank(max(ranks.values(), default=1))
     modules = [_module(assembly, m, label, rank=ranks[m.path], with_bias=with_bias) for m in assembly.changed]
     modules += _bias_only(assembly, ranks) if with_bias else []
     modules = [module for module in modules if module.rank]

@@ -13,7 +13,7 @@ from torch import Tensor
 from deltaspec.architecture.peft_names import is_parameter
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import OptionError, PairingError
-from deltaspec.io.lay_out import StandIn
+from deltaspec.io.lay_out import StandIn, lay_out
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
@@ -24,8 +24,10 @@ from deltaspec.pairing.sums import Total, sum_adapters
 from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
 from deltaspec.types import AdapterIndex, Checkpoint, Step, TensorSpec, WeightedSource
 from deltaspec.workflows.extraction.build_adapters import build_adapters
+from deltaspec.workflows.extraction.leftovers import add_left
 from deltaspec.workflows.extraction.nouns import Extraction, Finished, Leftover, Rest, Sources
-from deltaspec.workflows.extraction.sources import resolve_dtype
+from deltaspec.workflows.extraction.servers import refuse_nothing_left
+from deltaspec.workflows.extraction.sources import resolve_dtype, why_left
 from deltaspec.workflows.shared.workers import Workers
 
 
@@ -97,8 +99,12 @@ def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | N
     model = named or _base_of(indexes, total)
     for note in total.notes:
         plan.note(note)
+    left = {} if options.form.target == "peft" else why_left(total.modules, lay_out(model), options.form)
+    kept = tuple(module for module in total.modules if module.name not in left)
+    if left and not kept:
+        refuse_nothing_left(" + ".join(index.ref for index in indexes), left, options.form.target)
     dtype = resolve_dtype(options.form.dtype, total.modules)
-    sources = Sources(model, indexes[0], plan, total.modules, {}, dtype, options.form.target)
+    sources = Sources(model, indexes[0], plan, kept, left, dtype, options.form.target)
     options = replace(options, form=replace(options.form, extras="all" if options.form.target == "peft" else "none"))
     identity: ExtractionIdentity = {"base": {"ref": model.ref}, "adapters": made, "options": options.identity()}
     loader = {name: indexes[0].config.get(name) for name in ("task_type", "auto_mapping")}
@@ -123,17 +129,24 @@ def _any_bias(total: Total) -> bool:
 def _rest(added: _Sum, rows: Finished) -> Rest:
     """Biases and tensors stored whole go along; a sum of nothing is refused."""
     total = added.total
-    if not any(row["energy"] for row in rows.values()) and not _any_bias(total) and not total.full:
-        message = f"The sum of {', '.join(index.ref for index in added.indexes)} is zero: there is nothing to write."
+    beside = added.extraction.options.form.extras != "none" and (_any_bias(total) or total.full)
+    if not any(row["energy"] for row in rows.values()) and not beside:
+        where = f" in all that {added.extraction.options.form.target} takes" if added.extraction.sources.left else ""
+        summed = ", ".join(index.ref for index in added.indexes)
+        message = f"The sum of {summed} is zero{where}: there is nothing to write."
         raise PairingError(message)
     rest = Rest()
+    for module in total.modules:
+        if reason := added.extraction.sources.left.get(module.name):
+            add_left(rest, module.name, module.pairs, reason)
     for path, terms in total.biases.items():
         rest.biases[f"{path}.bias"] = partial(_sum, terms)
         energy = float(_sum(terms).square().sum())
         rest.leftovers.append(Leftover(f"{path}.bias", "bias", "this target carries no biases", energy))
     for name, spec in total.full.items():
         rest.leftovers.append(Leftover(name, "other", "this target carries no whole tensors", None, spec))
-    rest.unchanged = [m.name for m in total.modules if not any(rows[str(p.key)]["energy"] for p in m.pairs)]
+    kept = added.extraction.sources.modules
+    rest.unchanged += [m.name for m in kept if not any(rows[str(p.key)]["energy"] for p in m.pairs)]
     return rest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from deltaspec.workflows.shared.non_finite import describe_non_finite, locate
 from deltaspec.workflows.shared.vector_changes import change_of
 
 CHUNK = 1 << 20
+CPU = torch.device("cpu")
 
 
 def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> Rest:
@@ -48,7 +50,10 @@ def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> R
         if not {str(pair.key), pair.key.tensor} & homes:
             others[pair.key.tensor].append(pair)
     for name, pairs in others.items():
-        _add(rest, name, pairs, sources.left.get(name, "left out"), device)
+        reason = sources.left.get(name, "left out")
+        if pairs[0].key.role == "norm":
+            reason = _why_not_whole(name, _whole(pairs), reason, sources)
+        add_left(rest, name, pairs, reason, device)
     for vector in sources.plan.vectors:
         _add_vector(rest, vector, sources)
     for note in sources.plan.skipped:
@@ -56,15 +61,19 @@ def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> R
     return rest
 
 
-def _add(rest: Rest, name: str, pairs: list[WeightPair], reason: str, device: torch.device) -> None:
-    """Add one tensor, whose parts or experts are ``pairs``."""
-    specs = {pair.tuned.spec for pair in pairs if isinstance(pair.tuned, MatrixSource)}
+def add_left(rest: Rest, name: str, pairs: Sequence[WeightPair], reason: str, device: torch.device = CPU) -> None:
+    """Add one tensor, whose parts or experts are ``pairs``, with their ‖Δ‖²; dense ones are read on ``device``."""
     energy = sum(_energy(pair, device) for pair in pairs)
     if energy:
-        whole = next(iter(specs)) if len(specs) == 1 else None
-        rest.leftovers.append(Leftover(name, pairs[0].key.role, reason, energy, whole))
+        rest.leftovers.append(Leftover(name, pairs[0].key.role, reason, energy, _whole(pairs)))
     else:
         rest.unchanged.append(name)
+
+
+def _whole(pairs: Sequence[WeightPair]) -> TensorSpec | None:
+    """Return the one tensor of the tuned model that holds all pairs, if there is one."""
+    specs = {pair.tuned.spec for pair in pairs if isinstance(pair.tuned, MatrixSource)}
+    return next(iter(specs)) if len(specs) == 1 else None
 
 
 def _energy(pair: WeightPair, device: torch.device) -> float:
@@ -78,6 +87,19 @@ def _energy(pair: WeightPair, device: torch.device) -> float:
     return energy
 
 
+def _why_not_whole(name: str, whole: TensorSpec | None, reason: str, sources: Sources) -> str:
+    """Say why even --extras all does not store a tensor, where it was asked for; else the reason that is given."""
+    home = name.rpartition(".")[0]
+    inside = next((m.path for m in sources.modules if f"{m.path}.".startswith(f"{home}.")), "")
+    if sources.extras != "all":
+        return reason
+    if whole is None:
+        return "no tensor of the tuned model is this one alone, to be stored whole"
+    if whole.scale:
+        return "it has scales, which only its module can read"
+    return f"PEFT stores modules whole, and '{home}' has factors for '{inside}'" if inside else reason
+
+
 def _add_vector(rest: Rest, vector: VectorPair, sources: Sources) -> None:
     name, energy = vector.key.tensor, float(change_of(vector).square().sum())
     if not math.isfinite(energy):
@@ -89,9 +111,10 @@ def _add_vector(rest: Rest, vector: VectorPair, sources: Sources) -> None:
         return
     whole = vector.tuned if vector.scaling is None else None
     beside = any(module.path == name.removesuffix(".bias") for module in sources.modules)
-    reason = f"a {vector.key.role}: --extras {'bias' if beside else 'all'}"
+    what = "a vector" if vector.key.role == "other" else f"a {vector.key.role}"
+    reason = _why_not_whole(name, whole, f"{what}: --extras {'bias' if beside else 'all'}", sources)
     if sources.target != "peft":
-        reason = f"a {vector.key.role}: {sources.target} takes factors only"
+        reason = f"{what}: {sources.target} takes factors only"
     rest.leftovers.append(Leftover(name, vector.key.role, reason, energy, whole))
     if vector.key.role == "bias" and vector.rows is None:
         rest.biases[name] = partial(change_of, vector)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from deltaspec.store.formats.adapter import AdapterReport
+from deltaspec.workflows.extraction.servers import SERVERS, Server
 
 NOISY = 0.1  # share of ‖ΔW‖² from which rounding is spoken of
 
@@ -52,8 +55,8 @@ def render_card(report: AdapterReport, *, cut_off: Sequence[str] = ()) -> str:
 
 def _head(report: AdapterReport) -> list[str]:
     """Return the hub's header; a base that is a folder here is no name there."""
-    base = report["base"]["ref"]
-    named = [] if Path(base).exists() else [f"base_model: {json.dumps(base)}"]
+    name = _hub_name(report)
+    named = [f"base_model: {json.dumps(name)}"] if name else []
     return ["---", "library_name: peft", *named, "tags:", "- lora", "- deltaspec", "---", ""]
 
 
@@ -93,13 +96,43 @@ def _cell(text: str) -> str:
     return clean.replace("|", "\\|").replace("`", "'")
 
 
+def _advise_serving(report: AdapterReport) -> list[str]:
+    """Give the servers' own commands, or say what they make of an adapter that was written for PEFT."""
+    ranks = [module["rank"] for module in report["modules"].values()]
+    if report["target"] in SERVERS:
+        return ["```sh", *_commands(SERVERS[report["target"]], report, max(ranks, default=1)), "```", ""]
+    lines = []
+    if len(set(ranks)) > 1:
+        lines += [
+            "Ranks differ by module (rank_pattern, alpha_pattern): PEFT follows them, and vLLM from 0.32 on; vLLM 0.31 "
+            "and llama.cpp read one α for all, so that they would scale modules wrongly. For them write it with "
+            "`--target vllm` or `--target llamacpp`.",
+            "",
+        ]
+    form = report["options"].get("form")
+    if isinstance(form, dict) and form.get("rslora"):
+        lines += ["Its scale is α/√r (use_rslora), which llama.cpp ignores: it would scale every module wrongly.", ""]
+    return lines
+
+
+def _commands(server: Server, report: AdapterReport, rank: int) -> list[str]:
+    """Fill in a server's commands."""
+    name, _, revision = _hub_name(report).partition("@")
+    base = shlex.join([name, *(["--revision", revision] if revision else [])]) if name else "path_of_the_base"
+    values = {"BASE": _cell(base), "FOLDER": "path_of_the_base", "ADAPTER": "path_of_this_folder"}
+    values["BOUND"] = str(server.max_lora_rank(rank))
+    return [re.sub("[A-Z]{4,}", lambda word: values[word[0]], command) for command in server.commands]
+
+
+def _hub_name(report: AdapterReport) -> str:
+    """Name the base as the hub does, with its revision; "" where it is a folder here."""
+    ref = report["base"]["ref"]
+    return "" if Path(ref).exists() else ref
+
+
 def _advise_loading(report: AdapterReport, cut_off: Sequence[str]) -> list[str]:
     """Say what has to be known to load it."""
-    ranks, lines = [module["rank"] for module in report["modules"].values()], []
-    if report["target"] == "vllm" and ranks:
-        lines += [f"Serve with `--enable-lora --max-lora-rank` of at least {max(ranks)}.", ""]
-    elif report["target"] == "peft" and len(set(ranks)) > 1:
-        lines += ["Ranks differ by module (rank_pattern): vLLM and llama.cpp ignore that; use PEFT.", ""]
+    lines = _advise_serving(report)
     if cut_off:
         names = ", ".join(f"`{_cell(name)}`" for name in cut_off)
         lines += [f"The vocabulary grew: {names} are not in the adapter.", ""]

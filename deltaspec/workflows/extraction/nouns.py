@@ -32,6 +32,7 @@ class Sources:
     left: dict[str, str]
     dtype: str
     target: str = "peft"
+    extras: str = "none"
 
     @property
     def heads(self) -> list[str]:

@@ -16,14 +16,15 @@ from deltaspec.io.lay_out import lay_out
 from deltaspec.io.peft_layout import Layout
 from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
-from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
+from deltaspec.pairing.modules import group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, WeightPair
+from deltaspec.types import AdapterIndex, AdapterModule, Checkpoint, LowRankSource, ModulePair, Opened, WeightPair
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.extraction.nouns import Sources
+from deltaspec.workflows.extraction.servers import refuse_modules, refuse_nothing_left
 from deltaspec.workflows.shared.vector_changes import change_of
 
-GROWN = "its vocabulary grew: --extras all stores it whole"
+GROWN = "its vocabulary grew, so that --extras all stores it whole"
 NO_BIASES = "PEFT has no biases beside factors of an embedding or a bare parameter: --extras all stores it whole"
 
 
@@ -43,20 +44,26 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
     layout = lay_out(first)
     modules = [_as_run(module, layout) for module in grouped]
     with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
-    reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form))}
-    if with_biases:
-        reasons |= {m.name: NO_BIASES for m in modules if m.name not in reasons and _blocks_biases(m, layout)}
-    refused = _refused_by_peft([m for m in modules if m.name not in reasons], layout, target=options.form.target)
-    left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
+    left |= why_left(modules, layout, options.form, with_biases=with_biases)
     kept = tuple(module for module in modules if module.name not in left)
     if not kept:
-        name, reason = next(iter(left.items()), ("nothing", "no matrix pairs"))
-        message = f"No matrix of {first.ref} can get factors (for example '{name}': {reason}): change the options."
-        raise PairingError(message)
+        if not left:
+            _refuse_nothing_paired(plan, first, second)
+        refuse_nothing_left(first.ref, left, options.form.target)
     kinds = [str(source.config.get("model_type")) for source in (first, second) if isinstance(source, Checkpoint)]
     if len(set(kinds)) > 1 and "None" not in kinds:
         plan.note(f"the configs say that the base is a {kinds[0]} and the tuned model a {kinds[1]}")
-    return Sources(first, second, plan, kept, left, resolve_dtype(options.form.dtype, modules), options.form.target)
+    dtype, form = resolve_dtype(options.form.dtype, modules), options.form
+    return Sources(first, second, plan, kept, left, dtype, form.target, form.extras)
+
+
+def _refuse_nothing_paired(plan: Plan, base: Checkpoint, tuned: Opened) -> None:
+    name, reason = next(((note.tensor, note.text) for note in plan.skipped), ("nothing", "no matrix is in both"))
+    message = (
+        f"No matrix of {base.ref} pairs with one of {tuned.ref} (for example '{name}': {reason}): check that both are "
+        "the same kind of model, and hold all of their weights."
+    )
+    raise PairingError(message)
 
 
 def _biases_changed(modules: Sequence[ModulePair], plan: Plan) -> bool:
@@ -79,15 +86,28 @@ def _blocks_biases(module: ModulePair, layout: Layout) -> bool:
     return module.kind == "linear" and bool(layout.checked) and layout.needs_parameter(_row(module), name)
 
 
-def _why_not(module: ModulePair, form: FormOptions) -> str:
-    """Say why the options keep factors from a module; "" if they do not."""
-    key = module.pairs[0].key
-    in_blocks = module.kind in ("linear", "conv1d") and key.role in IN_BLOCKS and key.depth is not None
-    if form.target != "peft" and not in_blocks:
-        return f"{form.target} takes factors of the blocks' linear layers only"
-    if form.extras == "all" and grown_rows(module.pairs[0]):
-        return GROWN
-    return ""
+def why_left(
+    modules: Sequence[ModulePair], layout: Layout, form: FormOptions, *, with_biases: bool = False
+) -> dict[str, str]:
+    """Say of which modules neither target, options nor PEFT can hold factors: tensor → why.
+
+    Parameters
+    ----------
+    modules : sequence of ModulePair
+    layout : Layout
+        Of the base, or of what stands in for it where adapters are added.
+    form : FormOptions
+    with_biases : bool
+        Whether changes of biases go beside the factors.
+    """
+    reasons = refuse_modules(modules, layout.base, form.target)
+    for module in modules:
+        if form.extras == "all" and grown_rows(module.pairs[0]):
+            reasons.setdefault(module.name, GROWN)
+        elif with_biases and _blocks_biases(module, layout):
+            reasons.setdefault(module.name, NO_BIASES)
+    refused = _refused_by_peft([m for m in modules if m.name not in reasons], layout, target=form.target)
+    return reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
 
 
 def _row(module: ModulePair) -> AdapterModule:

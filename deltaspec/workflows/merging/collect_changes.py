@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from deltaspec.errors import PairingError
+from deltaspec.errors import MismatchError, PairingError
 from deltaspec.io.attachment import find_unattached
 from deltaspec.io.content import same_content
 from deltaspec.io.lay_out import lay_out
@@ -13,6 +13,7 @@ from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
+from deltaspec.pairing.advice import advise_base
 from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty, refuse_shapes
 from deltaspec.types import (
     AdapterIndex,
@@ -25,6 +26,7 @@ from deltaspec.types import (
     TensorSpec,
     WeightPair,
 )
+from deltaspec.workflows.merging.grown import in_base, with_grown_rows
 from deltaspec.workflows.merging.tensor_changes import Part, TensorChange, TensorChanges
 from deltaspec.workflows.merging.ties import settle_ties
 
@@ -55,9 +57,10 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     """
     changes, layout = TensorChanges(), lay_out(base)
     for adapter, weight in adapters:
-        plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
-        refuse_empty(plan, base, adapter)
-        refuse_shapes(plan.heads, vocabulary=False)
+        seen, grown = with_grown_rows(base, adapter)
+        plan = _pair(seen, adapter)
+        plan.pairs = in_base(plan.pairs, grown)
+        plan.twins = in_base(plan.twins, grown)
         _check_attachment(changes, adapter, layout)
         _add(changes, _Added(adapter, weight, plan), base)
     settle_ties(changes, base)
@@ -74,6 +77,18 @@ def _check_attachment(changes: TensorChanges, adapter: AdapterIndex, layout: Lay
             )
             raise PairingError(message)
         changes.note(f"PEFT would not run the adapter's '{path}' as it is merged: {reason}")
+
+
+def _pair(base: Checkpoint, adapter: AdapterIndex) -> Plan:
+    """Pair an adapter with the base; nothing can be left out of a merge, so that other shapes end it."""
+    try:
+        plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
+        refuse_shapes(plan.heads, vocabulary=False)
+    except MismatchError as error:
+        message = f"{error.what} {advise_base(base, adapter)}"
+        raise PairingError(message) from error
+    refuse_empty(plan, base, adapter)
+    return plan
 
 
 def _add(changes: TensorChanges, added: _Added, base: Checkpoint) -> None:
@@ -113,9 +128,11 @@ def _add_pair(changes: TensorChanges, pair: WeightPair, added: _Added) -> None:
         change.parts.setdefault(pair.key, Part(pair.key, pair.base.view))
         return
     part = change.parts.setdefault(pair.key, Part(pair.key, pair.base.view))
+    if part.view.shape != pair.base.view.shape:
+        raise _grown(change, added.adapter, "has factors for", rows=max(part.view.shape[0], pair.base.view.shape[0]))
     terms = tuple(replace(term, scaling=term.scaling * added.weight) for term in pair.tuned.terms)
     part.factors.append(replace(pair.tuned, terms=terms))
-    if change.whole is not None and change.whole.shape != spec.shape:
+    if change.whole is not None and change.whole.shape != spec.shape and not _covers(change.whole, part):
         raise _grown(change, added.adapter, "has factors for")
 
 
@@ -148,14 +165,20 @@ def _replace(change: TensorChange, whole: TensorSpec, added: _Added) -> None:
             )
             raise PairingError(message)
     change.whole, change.share = whole, weight
-    if whole.shape != change.spec.shape and (weight != 1 or any(part.factors for part in change.parts.values())):
+    partial = any(part.factors and not _covers(whole, part) for part in change.parts.values())
+    if whole.shape != change.spec.shape and (weight != 1 or partial):
         raise _grown(change, added.adapter, f"has weight {weight:g} for" if weight != 1 else "has factors for")
 
 
-def _grown(change: TensorChange, adapter: AdapterIndex, what: str) -> PairingError:
+def _covers(whole: TensorSpec, part: Part) -> bool:
+    """Tell whether factors are of all rows of a replacement, and so were trained on it."""
+    return part.view.shape[0] == whole.shape[0]
+
+
+def _grown(change: TensorChange, adapter: AdapterIndex, what: str, *, rows: int = 0) -> PairingError:
     message = (
         f"Cannot merge {adapter.ref}: it {what} '{change.spec.name}', whose rows grow from {change.spec.shape[0]} to "
-        f"{change.shape[0]}; merge that adapter alone with weight 1."
+        f"{rows or change.shape[0]}; merge that adapter alone with weight 1."
     )
     return PairingError(message)
 

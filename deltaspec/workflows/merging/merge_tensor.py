@@ -13,6 +13,7 @@ from deltaspec.io.matrix import StoredMatrix, open_matrix, read_low_rank, read_t
 from deltaspec.linalg.truncated import truncate_product
 from deltaspec.merging.apply import Loss, Rows, Summands, merge_block, merge_rows, row_blocks
 from deltaspec.types import MatrixKey, MatrixSource, Shape, TensorSpec, View
+from deltaspec.workflows.merging.grown import base_rows
 from deltaspec.workflows.merging.tensor_changes import Part, TensorChange
 
 Found = Callable[[MatrixKey, Shape, Loss], None]
@@ -80,7 +81,7 @@ def merge_tensor(change: TensorChange, *, dtype: torch.dtype, found: Found) -> T
 def _merge_part(change: TensorChange, part: Part, out: Tensor) -> Loss:
     """Write one matrix of a tensor into its place in ``out``."""
     view = part.view
-    base = open_matrix(MatrixSource(change.spec, view))
+    base = base_rows(change, view)
     whole = None if change.whole is None else open_matrix(MatrixSource(change.whole, view))
     place = view.orient(out)
     scattered = None if view.groups == 1 else view.take(torch.arange(place.shape[0]))
@@ -92,7 +93,7 @@ def _merge_part(change: TensorChange, part: Part, out: Tensor) -> Loss:
             place[scattered[start:stop]] = rows
 
     replaced = whole.rows if isinstance(whole, StoredMatrix) else None
-    summands = Summands(base.rows, _update_of(part), replaced, change.share)
+    summands = Summands(base, _update_of(part), replaced, change.share)
     return merge_rows(summands, store, shape=view.shape, dtype=out.dtype)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
-from deltaspec.architecture.roles import ORDER
+from deltaspec.architecture.roles import group_rare, order_roles
 from deltaspec.merging.apply import Loss
 from deltaspec.store.formats.adapter import MergedReport, MergedSums, MergeIdentity, MergeLoss
 from deltaspec.types import MatrixKey, Shape
@@ -74,9 +74,10 @@ class MergeReport:
     def by_role(self) -> list[RoleLoss]:
         """One row for each role: matrices, median and worst relative loss, median share of unchanged elements."""
         groups: defaultdict[str, list[Loss]] = defaultdict(list)
+        shown = group_rare(Counter(row.key.role for row in self.rows))
         for row in self.rows:
-            groups[row.key.role].append(row.loss)
-        return [_summary(role, groups[role]) for role in sorted(groups, key=ORDER.index)]
+            groups[shown[row.key.role]].append(row.loss)
+        return [_summary(role, groups[role]) for role in order_roles(groups)]
 
     def remark(self) -> str:
         """Say what to do where rounding lost much; "" where it did not."""

@@ -8,7 +8,7 @@ from deltaspec.linalg.numerics import first_non_finite
 from deltaspec.types import LowRankSource, MatrixSource, TensorSpec, WeightPair
 
 
-def describe_non_finite(side: str, spec: TensorSpec) -> str:
+def describe_non_finite(side: str, spec: TensorSpec, *, exclude: bool = True) -> str:
     """Name the tensor and the index of its first NaN or infinity; "" if every value is finite.
 
     Parameters
@@ -16,17 +16,19 @@ def describe_non_finite(side: str, spec: TensorSpec) -> str:
     side : str
         ``base`` or ``tuned``.
     spec : TensorSpec
+    exclude : bool
+        Whether the command has --exclude.
     """
     index = first_non_finite(read_tensor(spec))
     if index is None:
         return ""
     return (
         f"The {side} tensor '{spec.name}' in {spec.file} holds NaN or infinity at index {index}: "
-        "repair or retrain the checkpoint, or leave the tensor out with --exclude."
+        f"repair or retrain the checkpoint{', or leave the tensor out with --exclude' if exclude else ''}."
     )
 
 
-def locate(pair: WeightPair, name: str, cause: NumericalError) -> NumericalError:
+def locate(pair: WeightPair, name: str, cause: NumericalError, *, exclude: bool = True) -> NumericalError:
     """Say which stored tensor of a pair holds the first NaN or infinity, and where; else that ``name`` failed.
 
     Parameters
@@ -35,10 +37,13 @@ def locate(pair: WeightPair, name: str, cause: NumericalError) -> NumericalError
     name : str
         What could not be decomposed.
     cause : NumericalError
+    exclude : bool
+        Whether the command has --exclude; a sum of adapters never has.
     """
+    exclude = exclude and isinstance(pair.base, MatrixSource)
     for side, source in (("base", pair.base), ("tuned", pair.tuned)):
         for spec in _specs(source):
-            if message := describe_non_finite(side, spec):
+            if message := describe_non_finite(side, spec, exclude=exclude):
                 return NumericalError(message)
     return NumericalError(f"'{name}' cannot be decomposed: {cause}")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltaspec.architecture.roles import ORDER
+from deltaspec.architecture.roles import order_roles
 from deltaspec.errors import OptionError
 from deltaspec.options.recipe import OptionValue, Recipe, check_recipe
 from deltaspec.options.training import TargetOptions
@@ -167,14 +167,14 @@ def _total(tensors: Iterable[Tensor], *, without: Iterable[Tensor] = ()) -> int:
 
 
 def _count_roles(attachment: Attachment) -> tuple[RoleCount, ...]:
-    """List roles in their order, then what belongs to none."""
+    """List roles in their order, then what belongs to none of them."""
     counts = attachment.count_by_role()
     shapes: dict[str, list[tuple[int, int]]] = {role: [] for role in counts}
     for site in attachment.sites:
         shapes.setdefault(site.key.role, []).append(site.shape)
-    ranked = sorted(shapes, key=lambda role: ORDER.index(role) if role in ORDER else len(ORDER))
     return tuple(
-        RoleCount(role, len(shapes[role]), tuple(dict.fromkeys(shapes[role])), counts.get(role, 0)) for role in ranked
+        RoleCount(role, len(shapes[role]), tuple(dict.fromkeys(shapes[role])), counts.get(role, 0))
+        for role in order_roles(shapes)
     )
 
 

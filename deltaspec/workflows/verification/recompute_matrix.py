@@ -66,7 +66,7 @@ def recompute_matrix(check: Check, device: torch.device) -> CheckedMatrix:
     try:
         energy, lost, values = _measure(pair, factors, device)
     except NumericalError as cause:
-        raise locate(pair, str(pair.key), cause) from cause
+        raise locate(pair, str(pair.key), cause, exclude=False) from cause
     error = math.sqrt(lost / energy) if energy else (0.0 if not lost else math.inf)
     return CheckedMatrix(
         matrix=str(pair.key),

@@ -10,6 +10,7 @@ from pathlib import Path
 from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
+from deltaspec.errors import MismatchError, PairingError
 from deltaspec.io.attachment import find_unattached
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import Step
@@ -87,7 +88,10 @@ def verify(
         If something cannot be read, or the adapter belongs to another base.
     """
     options = options or AnalyzeOptions()
-    trio = open_trio(base, tuned, adapter, options)
+    try:
+        trio = open_trio(base, tuned, adapter, options)
+    except MismatchError as error:
+        raise PairingError(error.advise(vocab=True)) from error  # nothing can be left out of a verification
     matched = match_factors(trio)
     workers = Workers(resolve_devices(options.device, options.workers), options.memory, progress)
     rows = _recompute(matched.checks, workers)
