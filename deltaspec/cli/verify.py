@@ -87,9 +87,9 @@ def _render(found: Verification, said: dict[str, Any] | None) -> str:
     if found.missing:
         parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
     if found.unattached:
-        shown = ", ".join(map(printable, found.unattached[:8]))
+        idle = ", ".join(map(printable, found.unattached[:8]))
         further = f" and {len(found.unattached) - 8} more" if len(found.unattached) > 8 else ""
-        parts.append(f"Without effect once PEFT loads the adapter: {shown}{further}.")
+        parts.append(f"Without effect once PEFT loads the adapter: {idle}{further}.")
     if found.rest:
         right = sum(row.right for row in found.rest)
         parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")

@@ -48,6 +48,8 @@ class LayoutOfOutline(Layout):
 
     def refusal(self, module: AdapterModule) -> str:
         """Say why factors would not act; "" if they do."""
+        if self._outline.unloadable:
+            return self._outline.unloadable
         places = self.place(module.path)
         stored = self.base.tensors.get(module.path) or self.base.tensors.get(f"{module.path}.weight")
         reason = misfit(places, stored.shape, self._outline) if stored else ""
@@ -90,6 +92,8 @@ class LayoutOfOutline(Layout):
         """Say why factors under a path would not change what it names."""
         name = self.place(path)[0].name
         module = name.removesuffix(".weight")
+        if self._outline.unloadable:
+            return self._outline.unloadable
         if name not in self._outline.shapes:
             return f"{self.checked} has no module of this name"
         if name not in (path, f"{path}.weight") and self._outline.keeps(path):

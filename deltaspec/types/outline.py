@@ -77,6 +77,8 @@ class Outline:
         Modules that no other module calls, though they hold a tied weight.
     place : callable
         Stored names → where the library puts them on loading.
+    unloadable : str
+        Why PEFT can load no adapter of this class at all; "" if it can.
     keeps : callable
         Tells whether PEFT, which renames an adapter's keys as the library renames tensors, leaves a module's path.
     """
@@ -88,6 +90,7 @@ class Outline:
     unread: frozenset[str]
     place: Placer
     keeps: Callable[[str], bool]
+    unloadable: str = ""
 
     def tied_with(self, name: str) -> frozenset[str]:
         """Return the parameters that are one tensor with this one, itself among them."""

@@ -59,5 +59,16 @@ def outline_of(model: nn.Module, source: str) -> Outline:
     holders = describe_holders(model, uses)
     if not source.startswith("transformers"):
         return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, bool)
-    conversions = Conversions(model)
-    return Outline(source, shapes, holders, ties, unread, conversions.place, conversions.keeps)
+    made = Conversions(model)
+    return Outline(source, shapes, holders, ties, unread, made.place, made.keeps, _why_unloadable(model))
+
+
+def _why_unloadable(model: Any) -> str:
+    """Say why PEFT 0.21 loads no adapter of a class: it asks models that tie weights for their input embeddings."""
+    if not isinstance(getattr(model, "_tied_weights_keys", None), dict):
+        return ""
+    try:
+        model.get_input_embeddings().parameters()
+    except Exception:  # what a class raises that has none
+        return f"PEFT loads no adapter of a {type(model).__name__}, which ties weights and has no input embeddings"
+    return ""
