@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,10 @@ from torch.overrides import TorchFunctionMode
 from deltaspec.errors import MissingPackageError, require
 from deltaspec.types import Config
 
-LARGEST = 4096  # layers or experts that a config may ask for: each is a module, and a config is untrusted
+# What a config may ask for, which is untrusted: of layers or experts, each of which is a module; of anything else.
+LARGEST, LARGEST_SIZE = 4096, 10**8
+# What would fetch something, or choose how to run what is never run.
+DROPPED = {"quantization_config", "_attn_implementation", "_attn_implementation_internal", "attn_implementation"}
 
 
 class UnknownModelError(Exception):
@@ -79,10 +83,11 @@ def build_model(config: Config) -> tuple[nn.Module, str]:
     """
     _refuse_giants(config)
     try:
-        if isinstance(config.get("model_type"), str):
-            return _build_transformers(dict(config))
-        if isinstance(config.get("_class_name"), str):
-            return _build_diffusers(dict(config))
+        with _without_network():
+            if isinstance(config.get("model_type"), str):
+                return _build_transformers(_plain(config))
+            if isinstance(config.get("_class_name"), str):
+                return _build_diffusers(_plain(config))
     except UnknownModelError:
         raise
     except Exception as cause:  # every model raises its own
@@ -98,9 +103,33 @@ def _refuse_giants(config: Config) -> None:
         if isinstance(value, dict):
             _refuse_giants(value)
         counts = any(word in name for word in ("layer", "expert", "depth", "block", "stage"))
-        if counts and type(value) is int and value > LARGEST and not name.endswith(("_size", "_id")):
+        limit = LARGEST if counts and not name.endswith(("_size", "_id")) else LARGEST_SIZE
+        if type(value) is int and value > limit:
             message = f"its config asks for {value} as {name}"
             raise UnknownModelError(message)
+
+
+def _plain(config: Config) -> Config:
+    """Return a config without what fetches weights, kernels or quantisers."""
+    kept = {name: _plain(value) if isinstance(value, dict) else value for name, value in config.items()}
+    kept |= {name: False for name in kept if name == "use_pretrained_backbone"}
+    return {name: value for name, value in kept.items() if name not in DROPPED}
+
+
+@contextmanager
+def _without_network() -> Iterator[None]:
+    """Keep the hub's library from fetching anything meanwhile."""
+    try:
+        constants: Any = importlib.import_module("huggingface_hub.constants")
+    except ImportError:
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _build_transformers(config: Config) -> tuple[nn.Module, str]:
@@ -112,8 +141,6 @@ def _build_transformers(config: Config) -> tuple[nn.Module, str]:
                 message = f"{version} does not know model_type '{config['model_type']}'"
                 raise UnknownModelError(message)
             made = known[config["model_type"]].from_dict(config)
-            if hasattr(made, "quantization_config"):
-                del made.quantization_config  # names and shapes are those of the weights that it stands for
             cls = _choose_class(transformers, made)
             model: Any = build_on_meta(cls, made)
             model.tie_weights()

@@ -30,13 +30,14 @@ class Conversions:
         self._of_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         self._rename: Callable[..., tuple[str, str | None]] = core_model_loading.rename_source_key
         self._prefix, self._state = getattr(model, "base_model_prefix", ""), model.state_dict()
+        self._placed: dict[str, tuple[Place, ...]] = {}  # asking takes a second for the names of a large mixture
         kind = getattr(model.config, "model_type", None)
         known: Any = conversion_mapping
         self._in_peft = known.get_checkpoint_conversion_mapping(kind) is not None
 
     def place(self, names: Iterable[str]) -> Mapping[str, tuple[Place, ...]]:
         """Say where stored tensors go; a name that goes nowhere keeps it."""
-        return {name: self._place(name) for name in names}
+        return {name: self._placed.get(name) or self._placed.setdefault(name, self._place(name)) for name in names}
 
     def keeps(self, path: str) -> bool:
         """Tell whether PEFT finds factors of a module under its own path: it renames keys before it looks for them.
