@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification
 from deltaspec.architecture.running_names import Place, is_told, place_tensors
-from deltaspec.pairing.names import align_names
+from deltaspec.pairing.names import align_best
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import Checkpoint, LowRankSource, LowRankTerm, MatrixSource, View, WeightPair
+from deltaspec.types import (
+    AdapterIndex,
+    Checkpoint,
+    LowRankSource,
+    LowRankTerm,
+    MatrixSource,
+    Shape,
+    View,
+    WeightPair,
+)
 
 Homes = dict[str, list[tuple[str, Place]]]
 
 
-def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
+def find_homes(base: Checkpoint, paths: Collection[str] | Mapping[str, Shape | None], plan: Plan) -> Homes:
     """Map what an adapter names to the base's tensors.
 
     Parameters
     ----------
     base : Checkpoint
-    paths : collection of str
-        Module paths, parameters' names and names of tensors stored whole.
+    paths : collection of str, or mapping of str to shape
+        Module paths, parameters' names and names of tensors stored whole; shapes, where they are known, decide
+        between homes of equal names.
     plan : Plan
         Notes a prefix that differs.
 
@@ -36,16 +46,29 @@ def find_homes(base: Checkpoint, paths: Collection[str], plan: Plan) -> Homes:
     for name, places in place_tensors(base.tensors, base.config).items():
         for place in places:
             running.setdefault(place.name, []).append((name, place))
-    homes: Homes = {}
-    best = ""
-    for names in (stored, running):
-        wanted = {path if path in names else weight_of(path): path for path in paths}
-        mapping, note = align_names(names, wanted)
-        if len(mapping) > len(homes):
-            homes, best = {wanted[mapped]: names[name] for name, mapped in mapping.items()}, note
-    if best:
-        plan.note(best)
-    return homes
+    shapes = dict(paths) if isinstance(paths, Mapping) else dict.fromkeys(paths)
+    wanted = [{path if path in names else weight_of(path): path for path in paths} for names in (stored, running)]
+    ways = [
+        ({name: _shape(base, names[name]) for name in names}, {name: shapes[path] for name, path in asked.items()})
+        for names, asked in zip((stored, running), wanted, strict=True)
+    ]
+    way, mapping, note = align_best(ways)
+    if note:
+        plan.note(note)
+    return {wanted[way][mapped]: (stored, running)[way][name] for name, mapped in mapping.items()}
+
+
+def _shape(base: Checkpoint, home: list[tuple[str, Place]]) -> Shape | None:
+    """Return the shape of a module's weight, where one stored tensor is it, and no stack of experts."""
+    (name, place), shape = home[0], base.tensors[home[0][0]].shape
+    whole = len(home) == 1 and place.expert is None and place.parts == 1
+    return shape if whole and name.endswith(".weight") else None
+
+
+def list_wanted(adapter: AdapterIndex) -> dict[str, Shape | None]:
+    """Map all that an adapter names to its shape: factors before a weight saved beside them, None for stacks'."""
+    terms = {path: None if term.experts else factor_shape(term) for path, term in adapter.modules.items()}
+    return {name: spec.shape for name, spec in adapter.full.items()} | terms
 
 
 def weight_of(path: str) -> str:

@@ -154,7 +154,9 @@ def _fit(stored: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tens
     """
     modules, known = dict(list_modules(model)), identify_parameters(model)
     owners = {name: _outer(name.removeprefix(PREFIX)) for name in stored if name.startswith(PREFIX)}
-    mapping, note = align_names(modules.keys() - {""}, {path for paths in owners.values() for path in paths})
+    leaves = {path.rpartition(".")[2] for path in modules}
+    asked = {path: None for paths in owners.values() for path in paths if path.rpartition(".")[2] in leaves}
+    mapping, note = align_names([path for path in modules if path], asked)
     places = {path: own for own, path in mapping.items()}
     tensors = {name: tensor for name, tensor in stored.items() if name not in owners}  # what all updates share
     whole = []

@@ -91,6 +91,8 @@ def verify(
         worse = [row.matrix for row in rows if row.worse and row.matrix not in matched.missing] + worse + untrue
         worse += [row.tensor for row in rest if not row.right]
         missing += lacking + absent + list_unloaded(trio.adapter)
+    if wrapped := trio.adapter.wrapped:
+        missing.append(f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}'), which PEFT attaches nowhere")
     return Verification(
         tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), claims=trio.claims is not None
     )
