@@ -12,7 +12,7 @@ from deltaspec.cli.flags import Output, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import render, render_plan
-from deltaspec.options import AnalyzeOptions
+from deltaspec.options import AnalyzeOptions, PairOptions
 
 
 @click.command()
@@ -22,6 +22,7 @@ from deltaspec.options import AnalyzeOptions
     "-o", "--out", type=click.Path(), help="Run directory; by default one under ./runs. An unfinished run goes on."
 )
 @flags(AnalyzeOptions)
+@flags(PairOptions)
 @click.option("--dry-run", is_flag=True, help="Print what would be compared; read no weights.")
 @flags(Output)
 def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, **given: Any) -> None:
@@ -32,6 +33,7 @@ def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, *
 
     Exit code 1 if a matrix or checkpoint failed, 2 if nothing could be compared.
     """
+    given |= {"pairing": take(PairOptions, given)}
     options, output = take(AnalyzeOptions, given), take(Output, given)
     from deltaspec.workflows.analysis.training_steps import is_training
 

@@ -12,7 +12,7 @@ from deltaspec.cli.choices import parse_ranks, rank_options
 from deltaspec.cli.flags import Writing, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
-from deltaspec.options import AnalyzeOptions, ExtractOptions, FormOptions, RankOptions
+from deltaspec.options import AnalyzeOptions, ExtractOptions, FormOptions, PairOptions, RankOptions
 
 
 @click.command()
@@ -24,6 +24,7 @@ from deltaspec.options import AnalyzeOptions, ExtractOptions, FormOptions, RankO
 @flags(ExtractOptions)
 @flags(FormOptions)
 @flags(AnalyzeOptions, "include", "exclude", "vocab", "device", "workers", "memory")
+@flags(PairOptions)
 @flags(Writing)
 def extract(base: str, tuned: str, out: str | None, **given: Any) -> None:
     """Turn the full fine-tune TUNED of BASE into a LoRA adapter, and say how good it is.
@@ -33,6 +34,7 @@ def extract(base: str, tuned: str, out: str | None, **given: Any) -> None:
     Exit code 1 if it was stopped (the same command goes on), 2 if nothing could be written.
     """
     given |= {"ranks": parse_ranks(given, fallback="16"), "form": take(FormOptions, given)}
+    given |= {"pairing": take(PairOptions, given)}
     options = take(ExtractOptions, given | {"analysis": take(AnalyzeOptions, given)})
     writing = take(Writing, given)
     from deltaspec.cli.certificate import render_reports

@@ -17,7 +17,8 @@ from deltaspec.cli.flags import Output, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import printable, table
-from deltaspec.options import AnalyzeOptions, TextOptions
+from deltaspec.errors import OptionError
+from deltaspec.options import AnalyzeOptions, PairOptions, TextOptions
 
 if TYPE_CHECKING:
     from deltaspec.workflows.verification.recompute_matrix import CheckedMatrix
@@ -31,13 +32,18 @@ if TYPE_CHECKING:
 @click.option("--text", type=click.Path(), help="Also run the three models on this text and compare what they say.")
 @flags(TextOptions, "field", "tokens", defaults={"tokens": 8192})
 @flags(AnalyzeOptions, "vocab", "device", "workers")
+@flags(PairOptions)
 @flags(Output)
 def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) -> None:
     """Read ADAPTER back and recompute its error against the change from BASE to TUNED.
 
     Exit code 1 if it is worse than its deltaspec.json claims, or than none; 2 if it cannot be checked.
     """
+    given |= {"pairing": take(PairOptions, given)}
     options, output = take(AnalyzeOptions, given), take(Output, given)
+    if text and options.pairing.identity():
+        message = "--text runs the models, whose names --map and --component do not change: leave it out."
+        raise OptionError(message)
     settings = take(TextOptions, given | {"device": options.device.split(",")[0]})
     from deltaspec.workflows.verification.verify import verify as run_verification
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import deltaspec
 from deltaspec.architecture.canonical_names import canonical_names
-from deltaspec.errors import CheckpointError, PairingError
+from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.pairing.names import align_names
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.merging.merge import merge
@@ -204,3 +204,49 @@ def test_towers_that_are_renamed_each_in_its_own_way_pair():
     mapping, note = align_names(base, tuned)
     assert mapping == dict(zip(base, tuned, strict=True))
     assert note.count(" where those of the base begin with ") == 2
+
+
+def pairing(*maps):
+    return deltaspec.PairOptions(map=maps)
+
+
+@pytest.mark.parametrize(
+    "maps", [("=vision_model.",), ("encoder=vision_model.encoder",), ("encoder.layers.=vision_model.encoder.layers.",)]
+)
+def test_a_map_decides_a_tie(maps, tmp_path):
+    base = towers()
+    _, deltas = vision_lora(tmp_path / "lora", base)
+    folder = write(tmp_path / "b", base, {})
+    merge(folder, [tmp_path / "lora"], tmp_path / "m", options=deltaspec.MergeOptions(pairing=pairing(*maps)))
+    found = changed(tmp_path / "m", base)
+    assert found.keys() == deltas.keys()
+    assert all(torch.allclose(found[name], delta, atol=1e-5) for name, delta in deltas.items())
+
+
+def test_maps_of_a_checkpoint_in_their_order(tmp_path):
+    """A whole name before a prefix; what no map names stays."""
+    base = random_state(LLAMA)
+    odd = "model.layers.0.self_attn.q_proj.weight"
+    tuned = {("odd.weight" if n == odd else n.replace("model.layers.", "blocks.")): t for n, t in moved(base).items()}
+    options = deltaspec.AnalyzeOptions(device="cpu", pairing=pairing(f"odd.weight={odd}", "blocks=model.layers"))
+    plan, *_ = make_plan(write(tmp_path / "b", base, {}), write(tmp_path / "t", tuned, {}), options)
+    assert not plan.skipped
+    assert all(str(pair.key) == pair.tuned.spec.name for pair in plan.pairs)
+    run = deltaspec.analyze(tmp_path / "b", tmp_path / "t", tmp_path / "run", options=options)
+    assert not run.failures
+    assert run.manifest["options"]["map"] == [f"odd.weight={odd}", "blocks=model.layers"]
+
+
+def test_a_map_of_nothing_and_one_of_two_names_to_one(tmp_path):
+    base = random_state(LLAMA)
+    folders = [write(tmp_path / side, base, {}) for side in "bt"]
+    for maps, said in (
+        (("nowhere.=model.",), r"--map 'nowhere\.=model\.' fits no name of"),
+        (("model=model.layers", "mode=x"), "--map 'mode=x' fits no name"),
+        (("model.layers.0=model.layers.1",), "makes two names of .* one"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            make_plan(*folders, deltaspec.AnalyzeOptions(device="cpu", pairing=pairing(*maps)))
+    for wrong in ("model", "a=a"):
+        with pytest.raises(OptionError, match="--map is"):
+            pairing(wrong)

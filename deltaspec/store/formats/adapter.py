@@ -152,6 +152,8 @@ class MergeIdentity(TypedDict):
     adapters: list[WeightedSource]
     dtype: str
     deltaspec: str
+    map: NotRequired[list[str]]
+    component: NotRequired[str]
 
 
 class MergedReport(MergeIdentity):

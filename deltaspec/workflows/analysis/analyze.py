@@ -11,7 +11,9 @@ from deltaspec.io.open import identify_source, open_plain, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
+from deltaspec.pairing.flattened import refuse_component
 from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
+from deltaspec.pairing.renamed import map_names
 from deltaspec.store.formats.run import RunContent
 from deltaspec.store.run import Run
 from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
@@ -36,7 +38,7 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
     CheckpointError, PairingError
         If a side cannot be read, or the two do not belong together.
     """
-    first, second = open_plain(base), open_plain(tuned)
+    first, (second,) = open_plain(base), map_names([open_plain(tuned)], options.pairing.map)
     plan = pair_sources(first, second, options)
     refuse_shapes(plan.heads, vocabulary=False)
     return plan, first, second
@@ -64,7 +66,8 @@ def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Pla
         )
 
         return plan_attached(base, second, options)
-    return pair_sources(base.source, second, options)
+    (mapped,) = map_names([second], options.pairing.map)
+    return pair_sources(base.source, mapped, options)
 
 
 def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan:
@@ -74,7 +77,10 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
     ------
     PairingError
         If the two do not belong together.
+    OptionError
+        If --component is given, and the second has no components.
     """
+    refuse_component(options.pairing.component, [second])
     if isinstance(first, AdapterIndex):
         if isinstance(second, Checkpoint):
             message = f"The base {first.ref} is an adapter and {second.ref} a full checkpoint: swap the two arguments."
@@ -144,6 +150,7 @@ def analyze_against(base: Base, tuned: str | Path, out: str | Path | None, execu
             base.running_norms, run, {record.store_key for record in run.records if record.spectrum_of == "delta"}
         )
         return run
+    (second,) = map_names([second], options.pairing.map)
     plan = pair_sources(base.source, second, options)
     tasks = _make_tasks(plan, options)
     manifest = _manifest(plan, base.source, second, options, tasks)

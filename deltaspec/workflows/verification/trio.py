@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltaspec.errors import PairingError
@@ -10,9 +10,11 @@ from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
+from deltaspec.pairing.flattened import is_flattened, refuse_component
 from deltaspec.pairing.plan import Plan, refuse_shapes
+from deltaspec.pairing.renamed import map_names
 from deltaspec.types import AdapterIndex, Checkpoint
-from deltaspec.workflows.analysis.analyze import make_plan
+from deltaspec.workflows.analysis.analyze import pair_sources
 from deltaspec.workflows.verification.claims import Claims, read_claims
 
 
@@ -50,15 +52,23 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     DeltaspecError
         If one cannot be read, they are in another order, or the adapter belongs to another base.
     """
-    plan, first, second = make_plan(base, tuned, options)
-    index = open_plain(adapter)
+    first, *others = (open_plain(ref) for ref in (base, tuned, adapter))
+    second, index = map_names(others, options.pairing.map)
+    refuse_component(options.pairing.component, [second, index])
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
         message = (
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
         )
         raise PairingError(message)
+    whole = replace(options, pairing=replace(options.pairing, component=""))
+    plan = pair_sources(first, second, options if _has_components(second) else whole)
+    refuse_shapes(plan.heads, vocabulary=False)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)
     heads = sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"})
     return Trio(first, second, index, plan, adapted, lay_out(first, heads), claims)
+
+
+def _has_components(source: Checkpoint | AdapterIndex) -> bool:
+    return isinstance(source, AdapterIndex) and is_flattened(source)
