@@ -73,9 +73,7 @@ def _why_not(module: ModulePair, form: FormOptions, *, with_biases: bool) -> str
 def _refused_by_peft(modules: Sequence[ModulePair], base: Checkpoint, *, target: str) -> dict[str, str]:
     """Return the paths whose factors PEFT cannot hold, or only as parameters where the target is another."""
     rows = [
-        AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel, len(m.pairs), transposed=m.transposed)
-        if m.kind == "stack"
-        else AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel)
+        AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel, m.experts, transposed=m.transposed)
         for m in modules
     ]
     targets, refused = make_targets(rows, lay_out(base))
