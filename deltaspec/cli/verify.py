@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deltaspec.cli.flags import Output, flags, take
+from deltaspec.cli.one_sided import stop_if_partial
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
-from deltaspec.cli.table import printable, table
+from deltaspec.cli.table import printable, table, warn_one_sided
 from deltaspec.errors import OptionError
 from deltaspec.options import AnalyzeOptions, PairOptions, TextOptions
 
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) -> None:
     """Read ADAPTER back and recompute its error against the change from BASE to TUNED.
 
-    Exit code 1 if it is worse than its deltaspec.json claims, or than none; 2 if it cannot be checked.
+    Exit code 1 if it is worse than its deltaspec.json claims, or than none, or blocks have no counterpart; 2 if it
+    cannot be checked.
     """
     given |= {"pairing": take(PairOptions, given)}
     options, output = take(AnalyzeOptions, given), take(Output, given)
@@ -54,6 +56,7 @@ def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) 
     click.echo(json.dumps({**asdict(found), "divergence": said}) if output.as_json else _render(found, said))
     if found.worse or found.missing or found.totals.error > 1:
         sys.exit(1)
+    stop_if_partial(found.one_sided, meant=options.pairing.partial)
 
 
 def _divergence(models: tuple[str, str, str], text: str, *, options: TextOptions, quiet: bool) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def _render(found: Verification, said: dict[str, Any] | None) -> str:
         parts.append(f"Worse than claimed: {', '.join(map(printable, found.worse))}.")
     if found.missing:
         parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
+    parts += warn_one_sided(found.one_sided)
     if found.rest:
         right = sum(row.right for row in found.rest)
         parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")

@@ -10,6 +10,7 @@ from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.match_names import match_names
 from deltaspec.pairing.names import block_of, natural_order
+from deltaspec.pairing.one_sided import list_one_sided
 from deltaspec.pairing.plan import HEAD, VOCABULARY_ROLES, Pairing, Plan, VectorPair, is_head, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
 from deltaspec.types import Checkpoint, KnownMatrix, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
@@ -44,6 +45,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     work.refuse_shapes()
     _note_coarse_bases(plan)
     _note_guesses(plan)
+    plan.one_sided = list_one_sided(plan, base, tuned, options)
     return plan
 
 

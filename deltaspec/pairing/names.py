@@ -3,7 +3,8 @@
 A change of prefix (``bert.`` for nothing, ``model.`` for ``model.language_model.``) is believed where
 
 - it pairs a majority of the names that begin so, on the side where fewer do;
-- it pairs more names than all before it, equality first, or whole blocks: two or more names behind one number;
+- it pairs more of them than pair already, by equality or another change;
+- it pairs whole blocks, two or more names behind one number, or more names than all before it;
 - no other change pairs the same tensors otherwise, as many, in the same shapes, by names as long: that is a tie, and
   refused.
 
@@ -100,17 +101,17 @@ def align_names(base: Names, tuned: Names) -> tuple[dict[str, str], str]:
     ('bert.encoder.0.weight', "names in the tuned model have 'bert.' before those of the base")
     """
     left, right = _with_shapes(base), _with_shapes(tuned)
-    mapping = {name: name for name in left if name in right}
-    said = []
-    for name in mapping:
+    found = [_apply("", "", left, right)]
+    for name in found[0].pairs:
         del left[name], right[name]
-    while change := _choose(left, right, paired=len(mapping)):
-        mapping |= change.pairs
-        said.append(_describe(change.old, change.new))
+    while change := _choose(left, right, found):
+        found.append(change)
         left = {name: shape for name, shape in left.items() if name not in change.pairs}
         taken = set(change.pairs.values())
         right = {name: shape for name, shape in right.items() if name not in taken}
-    return mapping, f"names in the tuned model {', and '.join(said)}" if said else ""
+    said = ", and ".join(_describe(change.old, change.new) for change in found[1:])
+    mapping = {name: other for change in found for name, other in change.pairs.items()}
+    return mapping, f"names in the tuned model {said}" if said else ""
 
 
 def align_best(ways: Sequence[tuple[Names, Names]]) -> tuple[int, dict[str, str], str]:
@@ -141,7 +142,9 @@ def align_best(ways: Sequence[tuple[Names, Names]]) -> tuple[int, dict[str, str]
 
 
 def _with_shapes(names: Names) -> Shapes:
-    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
+    if not isinstance(names, Mapping):
+        return dict.fromkeys(names)
+    return {name: shape if isinstance(shape, tuple) else None for name, shape in names.items()}
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
@@ -154,10 +157,10 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
         yield ".".join(pieces[:i]) + ".", ".".join(pieces[i:])
 
 
-def _choose(left: Shapes, right: Shapes, *, paired: int) -> _Change | None:
+def _choose(left: Shapes, right: Shapes, before: Sequence[_Change]) -> _Change | None:
     """Return the change of prefix that pairs most of what is left; PairingError where two do, and differently."""
     changes = [_apply(old, new, left, right) for old, new in _propose(left, right)]
-    changes = [change for change in changes if _is_believed(change, left, right, paired=paired)]
+    changes = [change for change in changes if _is_believed(change, left, right, before)]
     if not changes:
         return None
     best = max(change.score for change in changes)
@@ -194,12 +197,21 @@ def _fits(first: Shape | None, second: Shape | None) -> bool:
     return sorted((first[0], math.prod(first[1:]))) == sorted((second[0], math.prod(second[1:])))
 
 
-def _is_believed(change: _Change, left: Shapes, right: Shapes, *, paired: int) -> bool:
+def _is_believed(change: _Change, left: Shapes, right: Shapes, before: Sequence[_Change]) -> bool:
     here, there = (sum(n.startswith(p) for n in names) for names, p in ((left, change.old), (right, change.new)))
-    if 2 * len(change.pairs) <= min(here, there):
+    otherwise = [_paired_alike(change.old, [(c.old, c.pairs) for c in before])]
+    otherwise.append(_paired_alike(change.new, [(c.new, c.pairs.values()) for c in before]))
+    if 2 * len(change.pairs) <= min(here, there) or len(change.pairs) <= max(otherwise):
         return False
     blocks = Counter(block_of(name) for name in change.pairs if not name.endswith(".bias"))
-    return len(change.pairs) > paired or any(count > 1 for block, count in blocks.items() if block)
+    several = any(count > 1 for block, count in blocks.items() if block)
+    return several or len(change.pairs) > sum(len(other.pairs) for other in before)
+
+
+def _paired_alike(prefix: str, before: Sequence[tuple[str, Iterable[str]]]) -> int:
+    """Count the names of one side that begin so and pair already, by what is not told of a longer prefix alone."""
+    told = [names for other, names in before if not (other.startswith(prefix) and other != prefix)]
+    return sum(name.startswith(prefix) for names in told for name in names)
 
 
 def _tie(first: _Change, second: _Change) -> PairingError:

@@ -10,7 +10,7 @@ from deltaspec.architecture.match import Identification
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
-from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, TensorSpec, WeightPair
+from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, OneSidedBlocks, TensorSpec, WeightPair
 
 VOCABULARY_ROLES = {"embed", "lm_head"}
 HEAD = "a task head of another shape than the base's"
@@ -35,7 +35,8 @@ class Plan:
 
     ``attached`` are matrices that an adapter changes once it is attached to the running base: keys with their shapes.
     ``excluded`` has both sides of those that only --include or --exclude keep out. ``heads`` are task heads of another
-    shape (another number of classes), left out: an adapter or a merge cannot do without them.
+    shape (another number of classes), left out: an adapter or a merge cannot do without them. ``one_sided`` are whole
+    blocks without a counterpart, side by side.
     """
 
     pairs: list[WeightPair] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Plan:
     family: str = "generic"
     attached: list[tuple[MatrixKey, tuple[int, int]]] = field(default_factory=list)
     heads: list[Mismatch] = field(default_factory=list)
+    one_sided: list[OneSidedBlocks] = field(default_factory=list)
 
     def skip(self, name: str, kind: NoteKind, reason: str) -> None:
         """List a tensor that is not compared."""

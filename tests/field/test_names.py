@@ -206,6 +206,28 @@ def test_towers_that_are_renamed_each_in_its_own_way_pair():
     assert note.count(" where those of the base begin with ") == 2
 
 
+def test_layers_that_one_side_lacks_are_not_those_of_a_tower_that_only_the_other_has():
+    """Pruned layers of the base beside a new tower whose layers have the same names behind another prefix."""
+    layers = {i: [f"layers.{i}.{role}.weight" for role in "qkv"] for i in range(4)}
+    base = [f"model.{n}" for i in range(4) for n in layers[i]]
+    for tower in (range(3), [1]):
+        kept = [f"model.{n}" for i in (0, 2, 3) for n in layers[i]]
+        tuned = kept + [f"vision.encoder.{n}" for i in tower for n in layers[i]]
+        assert align_names(base, tuned) == ({name: name for name in kept}, "")
+        assert align_names(tuned, base) == ({name: name for name in kept}, "")
+
+
+def test_a_language_model_moves_and_the_rest_gets_a_prefix():
+    """The rest is told by a shorter prefix, which the language model's does not contradict."""
+    layers = [f"layers.{i}.{role}.weight" for i in range(3) for role in "qkv"]
+    for text in (1, 3):
+        base = [f"language_model.model.{text}{n}" for text in "ab"[: text - 1] or "a" for n in layers]
+        tuned = [n.replace("language_model.model.", "model.language_model.") for n in base]
+        base += [f"vision_tower.{n}" for n in layers] + ["multi_modal_projector.linear_1.weight"]
+        tuned += [f"model.vision_tower.{n}" for n in layers] + ["model.multi_modal_projector.linear_1.weight"]
+        assert align_names(base, tuned)[0] == dict(zip(base, tuned, strict=True))
+
+
 def pairing(*maps):
     return deltaspec.PairOptions(map=maps)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from deltaspec.types import PlainFields, SourceIdentity, WeightedSource
+from deltaspec.types import OneSidedBlocks, PlainFields, SourceIdentity, WeightedSource
 
 
 class NamedSource(TypedDict):
@@ -114,6 +114,7 @@ class AdapterReport(ExtractionIdentity):
     grown: dict[str, int]
     tied: list[str]
     budget: BudgetReport | None
+    one_sided: list[OneSidedBlocks]
 
 
 class MergeLoss(TypedDict):

@@ -182,6 +182,7 @@ def _manifest(plan: Plan, base: Opened, tuned: Opened, options: AnalyzeOptions, 
         "notes": [str(note) for note in plan.notes],
         "skipped": [note.to_dict() for note in plan.skipped],
         "planned": [task.store_key for task in tasks],
+        "one_sided": plan.one_sided,
     }
 
 

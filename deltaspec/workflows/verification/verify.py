@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
 from deltaspec.options import AnalyzeOptions
-from deltaspec.types import Step
+from deltaspec.types import OneSidedBlocks, Step
 from deltaspec.workflows.shared.workers import Headway, Workers
 from deltaspec.workflows.verification.beside_factors import CheckedTensor, check_beside
 from deltaspec.workflows.verification.match_factors import Check, match_factors
@@ -43,6 +43,8 @@ class Verification:
         What it claims and is not there.
     claims : bool
         Whether there was a ``deltaspec.json`` that speaks of this fine-tune.
+    one_sided : list of OneSidedBlocks
+        Blocks that only the base or only the fine-tune has, of which nothing was checked.
     """
 
     rows: tuple[CheckedMatrix, ...]
@@ -51,6 +53,7 @@ class Verification:
     worse: tuple[str, ...]
     missing: tuple[str, ...]
     claims: bool
+    one_sided: list[OneSidedBlocks] = field(default_factory=list)
 
 
 def verify(
@@ -93,9 +96,8 @@ def verify(
         missing += lacking + absent + list_unloaded(trio.adapter)
     if wrapped := trio.adapter.wrapped:
         missing.append(f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}'), which PEFT attaches nowhere")
-    return Verification(
-        tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), claims=trio.claims is not None
-    )
+    found = tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing)
+    return Verification(*found, claims=trio.claims is not None, one_sided=trio.changed.one_sided)
 
 
 def _recompute(checks: Sequence[Check], workers: Workers) -> list[CheckedMatrix]:
