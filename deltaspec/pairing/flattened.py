@@ -68,8 +68,8 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan, *, co
     found = {name: _resolve(name, modules, paths, base) for name, modules in components.items()}
     held = {name: _held(resolved, components[name], base) for name, resolved in found.items()}
     whole = [name for name, resolved in found.items() if resolved and held[name] == len(components[name])]
-    for name in components.keys() - set(whole) if len(components) > 1 else ():
-        if 2 * held[name] > len(components[name]):
+    for name in components if len(components) > 1 else ():
+        if name not in whole and 2 * held[name] > len(components[name]):
             raise _lacking(_first_unheld(name, components[name], found[name], base), base)
     if not whole:
         whole = [max(components, key=lambda name: (held[name], len(found[name])))]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
 from deltaspec.types import AdapterIndex, Checkpoint
 
@@ -29,14 +30,29 @@ def map_names(sides: Sequence[Side], maps: Sequence[str]) -> list[Side]:
     """
     if not maps:
         return list(sides)
-    rules = [_parse(pair) for pair in maps]
-    used: set[int] = set()
-    found = [_rename_side(side, _Renamer(rules, used)) for side in sides]
-    if idle := [pair for number, pair in enumerate(maps) if number not in used]:
-        names = ", ".join(side.ref for side in sides)
-        example = next((name for side in sides for name in _list_names(side)), "none")
-        message = f"--map '{idle[0]}' fits no name of {names}: expected the beginning of one, such as '{example}'."
-        raise OptionError(message)
+    renamer = _Renamer(maps)
+    found = [_rename_side(side, renamer) for side in sides]
+    example = next((name for side in sides for name in _list_names(side)), "none")
+    renamer.refuse_idle(", ".join(side.ref for side in sides), example)
+    return found
+
+
+def map_keys(tensors: Mapping[str, T], maps: Sequence[str], ref: str) -> dict[str, T]:
+    """Replace prefixes, or whole names, of the keys of an adapter that is not plain LoRA, behind PEFT's own prefix.
+
+    Raises
+    ------
+    OptionError
+        As of ``map_names``.
+    """
+    renamer = _Renamer(maps)
+
+    def renamed(key: str) -> str:
+        inner = key.removeprefix(PREFIX)
+        return key[: len(key) - len(inner)] + renamer(inner)
+
+    found = _rename(tensors, renamed, ref)
+    renamer.refuse_idle(ref, next((key.removeprefix(PREFIX) for key in tensors), "none"))
     return found
 
 
@@ -48,8 +64,9 @@ def _parse(pair: str) -> tuple[str, str]:
 class _Renamer:
     """Renames by rules, and remembers which of them were of use."""
 
-    def __init__(self, rules: Sequence[tuple[str, str]], used: set[int]) -> None:
-        self.rules, self.used = rules, used
+    def __init__(self, maps: Sequence[str]) -> None:
+        self.maps, self.rules = maps, [_parse(pair) for pair in maps]
+        self.used: set[int] = set()
 
     def __call__(self, name: str) -> str:
         for number, (old, new) in enumerate(self.rules):
@@ -59,6 +76,12 @@ class _Renamer:
             self.used.add(number)
             return ".".join(filter(None, (new, rest)))
         return name
+
+    def refuse_idle(self, ref: str, example: str) -> None:
+        """Stop where a map was of no use."""
+        if idle := [pair for number, pair in enumerate(self.maps) if number not in self.used]:
+            message = f"--map '{idle[0]}' fits no name of {ref}: expected the beginning of one, such as '{example}'."
+            raise OptionError(message)
 
     def module(self, path: str) -> str:
         """Rename a module's path, also by what names its weight."""

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import deltaspec
@@ -16,7 +17,9 @@ from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.pairing.names import align_names
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.merging.merge import merge
+from tests import tiny_models
 from tests.families import FAMILIES, random_state, write
+from tests.workflows.analysis.test_live import attach, write_adapter
 
 OPTIONS = deltaspec.AnalyzeOptions(device="cpu")
 LLAMA = FAMILIES["llama"]
@@ -126,6 +129,31 @@ def test_merge_takes_wrappers_off_and_keeps_the_stored_names_of_the_base(where, 
     for name, delta in deltas.items():
         stored = name if where == "adapter" else wrap(name, wrappers)
         assert torch.allclose(found[stored], delta, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod."])
+def test_a_tied_head_and_a_new_one_stay_under_the_wrappers_of_the_base(wrapper, tmp_path):
+    """A pickled base of which the head shares memory, and an adapter that brings a head of its own."""
+    plain = {n: t for n, t in random_state(LLAMA).items() if n != "lm_head.weight"}
+    embed = plain["model.embed_tokens.weight"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text(json.dumps(LLAMA.config | {"tie_word_embeddings": True}))
+    state = {f"{wrapper}{n}": t for n, t in plain.items()}
+    torch.save(state | {f"{wrapper}lm_head.weight": embed}, tmp_path / "b" / "pytorch_model.bin")
+    q = "model.layers.0.self_attn.q_proj.weight"
+    deltas = lora(tmp_path / "a", plain, [q])
+    save_file(
+        load_file(tmp_path / "a" / "adapter_model.safetensors") | {"score.weight": torch.ones(2, embed.shape[1])},
+        tmp_path / "a" / "adapter_model.safetensors",
+    )
+    merge(tmp_path / "b", [tmp_path / "a"], tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    merged = load_file(file)
+    assert merged.keys() == state.keys() | {f"{wrapper}score.weight"}
+    assert torch.allclose(merged[f"{wrapper}{q}"].double() - plain[q].double(), deltas[q], atol=1e-5)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()[f"{wrapper}lm_head.weight"] == f"{wrapper}model.embed_tokens.weight"
+    assert not make_plan(tmp_path / "m", tmp_path / "m", OPTIONS)[0].one_sided
 
 
 def towers(width=(4, 4), depth=(2, 2)):
@@ -272,3 +300,24 @@ def test_a_map_of_nothing_and_one_of_two_names_to_one(tmp_path):
     for wrong in ("model", "a=a"):
         with pytest.raises(OptionError, match="--map is"):
             pairing(wrong)
+
+
+def test_an_adapter_of_another_method_is_mapped_and_loses_its_wrappers_too(tmp_path):
+    model = tiny_models.build("llama")
+    base, attachment = tiny_models.save(tiny_models.build("llama"), tmp_path / "base"), attach(model, "vera")
+    plain = write_adapter(tmp_path / "plain", attachment)
+    odd = write_adapter(tmp_path / "odd", attachment)
+    file = odd / "adapter_model.safetensors"
+    stored = load_file(file)
+    renamed = {n.replace("model.layers.", "blocks._fsdp_wrapped_module."): t for n, t in stored.items()}
+    assert renamed.keys() != stored.keys()
+    save_file(renamed, file)
+    right = deltaspec.analyze(base, plain, tmp_path / "r1", options=OPTIONS)
+    options = deltaspec.AnalyzeOptions(device="cpu", pairing=pairing("blocks=model.layers"))
+    found = deltaspec.analyze(base, odd, tmp_path / "r2", options=options)
+    assert [r.metrics for r in found.records] == [r.metrics for r in right.records]
+    with pytest.raises(OptionError, match="fits no name"):
+        deltaspec.analyze(base, plain, tmp_path / "r3", options=options)
+    one = deltaspec.AnalyzeOptions(device="cpu", pairing=deltaspec.PairOptions(component="unet"))
+    with pytest.raises(OptionError, match="no adapter here holds components"):
+        deltaspec.analyze(base, plain, tmp_path / "r3", options=one)

@@ -60,6 +60,7 @@ def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Pla
         As of ``analyze``.
     """
     second = open_source(tuned)
+    refuse_component(options.pairing.component, [second])
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             plan_attached,  # training's rooms load for such adapters only
@@ -140,6 +141,7 @@ def analyze_against(base: Base, tuned: str | Path, out: str | Path | None, execu
     execution : Execution
     """
     options, second = execution.options, open_source(tuned)
+    refuse_component(options.pairing.component, [second])
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             analyze_attached,  # training's rooms load for such adapters only

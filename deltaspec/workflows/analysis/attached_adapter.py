@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from deltaspec.architecture.canonical_names import WRAPPER
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
@@ -17,6 +18,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import HEAD, Plan, chosen, is_head
+from deltaspec.pairing.renamed import map_keys
 from deltaspec.store.run import Run
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import identify_parameters, list_modules
@@ -61,7 +63,7 @@ def analyze_attached(base: Base, adapter: ForeignAdapter, out: str | Path | None
     PairingError, CheckpointError
         As of ``attach_adapter``.
     """
-    found = attach_adapter(base, adapter, name="analysed")
+    found = attach_adapter(base, adapter, name="analysed", maps=execution.options.pairing.map)
     try:
         identity = identify_source(base.source)
         sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.running_norms))
@@ -79,7 +81,7 @@ def plan_attached(base: Base, adapter: ForeignAdapter, options: AnalyzeOptions) 
     PairingError, CheckpointError
         As of ``attach_adapter``.
     """
-    found = attach_adapter(base, adapter, name="analysed", weights=False)
+    found = attach_adapter(base, adapter, name="analysed", weights=False, maps=options.pairing.map)
     family = identify_parameters(found.attachment.model).family
     plan = Plan(notes=found.notes, skipped=list(found.whole), family=family)
     for _, piece, key in list_pieces(found.attachment, found.names):
@@ -90,7 +92,9 @@ def plan_attached(base: Base, adapter: ForeignAdapter, options: AnalyzeOptions) 
     return plan
 
 
-def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: bool = True) -> Attached:
+def attach_adapter(
+    base: Base, adapter: ForeignAdapter, *, name: str, weights: bool = True, maps: Sequence[str] = ()
+) -> Attached:
     """Attach a stored adapter of any method that changes weights to its running base.
 
     Parameters
@@ -101,6 +105,8 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
         Of the adapter on the model, unlike any other there.
     weights : bool
         Without, the base is on the meta device.
+    maps : sequence of str
+        As of ``map_names``.
 
     Raises
     ------
@@ -120,7 +126,7 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
         raise PairingError(message)
     if not adapter.files:
         raise CheckpointError(adapter.refusal)
-    stored, model = _read(adapter.files[0]), base.run() if weights else base.outline()
+    stored, model = _read(adapter, maps), base.run() if weights else base.outline()
     tensors, whole, notes = _fit(stored, model)
     try:
         attachment = attach_stored(model, adapter.config, tensors, name=name)
@@ -136,9 +142,11 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
     )
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    tensors, _ = shards.list_tensors(file)
-    return {name: read_tensor(spec) for name, spec in tensors.items()}
+def _read(adapter: ForeignAdapter, maps: Sequence[str]) -> dict[str, Tensor]:
+    """Read an adapter's tensors, under the names that the model would give them."""
+    tensors, _ = shards.list_tensors(adapter.files[0])
+    stored = {WRAPPER.sub("", name): read_tensor(spec) for name, spec in tensors.items()}
+    return map_keys(stored, maps, adapter.ref)
 
 
 def _fit(stored: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[Note], list[Note]]:
