@@ -42,7 +42,7 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
         If the adapter targets tensors that the base lacks, or of another shape.
     """
     plan = Plan()
-    tuned = resolve_flattened(tuned, base, plan, component=options.pairing.component)
+    tuned = resolve_flattened(tuned, base, plan)
     homes = find_homes(base, list_wanted(tuned), plan)  # factors go before a weight saved beside them
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from deltaspec.errors import OptionError, PairingError
 from deltaspec.pairing.homes import factor_shape
@@ -18,6 +19,7 @@ from deltaspec.pairing.plan import Plan
 from deltaspec.types import AdapterIndex, Checkpoint, LowRankTerm
 
 COMPONENT = re.compile(r"lora_([a-z0-9]+)_")
+T = TypeVar("T")
 Paths = dict[str, dict[str, list[str]]]
 Component = dict[str, LowRankTerm]
 """Module names without the component's own, and their factors."""
@@ -28,20 +30,39 @@ def is_flattened(adapter: AdapterIndex) -> bool:
     return bool(adapter.modules) and all(COMPONENT.match(module) for module in adapter.modules)
 
 
-def refuse_component(component: str, adapters: Sequence[object]) -> None:
-    """Stop where --component is given and no adapter has components.
+def take_component(sides: Sequence[T], component: str) -> list[T]:
+    """Leave of each adapter with flattened names one component; all else stays as it is.
+
+    Parameters
+    ----------
+    sides : sequence of whatever is opened
+    component : str
+        unet, te1, …; "" takes all.
 
     Raises
     ------
     OptionError
-        Naming the option.
+        If an adapter has no such component, or no side has any.
     """
-    if component and not any(isinstance(found, AdapterIndex) and is_flattened(found) for found in adapters):
+    if not component:
+        return list(sides)
+    if not any(isinstance(side, AdapterIndex) and is_flattened(side) for side in sides):
         message = f"--component is '{component}', and no adapter here holds components, as files in kohya's naming do."
         raise OptionError(message)
+    return [_take(side, component) if isinstance(side, AdapterIndex) and is_flattened(side) else side for side in sides]
 
 
-def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan, *, component: str = "") -> AdapterIndex:
+def _take(adapter: T, component: str) -> T:
+    assert isinstance(adapter, AdapterIndex)
+    modules = {name: term for name, term in adapter.modules.items() if name.startswith(f"lora_{component}_")}
+    if not modules:
+        held = sorted({match[1] for name in adapter.modules if (match := COMPONENT.match(name))})
+        message = f"--component is '{component}': {adapter.ref} holds {', '.join(held)}."
+        raise OptionError(message)
+    return replace(adapter, modules=modules)
+
+
+def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> AdapterIndex:
     """Give the modules of an adapter with flattened names their paths in the base; any other is returned as it is.
 
     Parameters
@@ -50,20 +71,16 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan, *, co
     base : Checkpoint
     plan : Plan
         Notes components of another model.
-    component : str
-        Take this one alone; "" takes all that the base holds.
 
     Raises
     ------
-    OptionError
-        If the adapter has no such component.
     PairingError
         If the base has none of them, some modules of one, or two that a name may mean; or two components are the same
         modules of the base.
     """
     if not is_flattened(adapter):
         return adapter
-    components = _choose(_list_components(adapter), component, adapter)
+    components = _list_components(adapter)
     paths = _flatten(base)
     found = {name: _resolve(name, modules, paths, base) for name, modules in components.items()}
     held = {name: _held(resolved, components[name], base) for name, resolved in found.items()}
@@ -93,13 +110,6 @@ def _list_components(adapter: AdapterIndex) -> dict[str, Component]:
         if match := COMPONENT.match(module):
             components[match[1]][module.removeprefix(match[0])] = term
     return dict(components)
-
-
-def _choose(components: dict[str, Component], component: str, adapter: AdapterIndex) -> dict[str, Component]:
-    if component and component not in components:
-        message = f"--component is '{component}': {adapter.ref} holds {', '.join(sorted(components))}."
-        raise OptionError(message)
-    return {component: components[component]} if component else components
 
 
 def _flatten(base: Checkpoint) -> Paths:

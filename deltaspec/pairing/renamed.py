@@ -8,10 +8,23 @@ from typing import TypeVar
 
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import OptionError
+from deltaspec.options import PairOptions
+from deltaspec.pairing.flattened import take_component
 from deltaspec.types import AdapterIndex, Checkpoint
 
 T = TypeVar("T")
 Side = TypeVar("Side", Checkpoint, AdapterIndex, Checkpoint | AdapterIndex)
+
+
+def choose_names(sides: Sequence[Side], pairing: PairOptions) -> list[Side]:
+    """Take the component that is asked for, and map names.
+
+    Raises
+    ------
+    OptionError
+        If there is no such component, or a map fits nothing.
+    """
+    return map_names(take_component(sides, pairing.component), pairing.map)
 
 
 def map_names(sides: Sequence[Side], maps: Sequence[str]) -> list[Side]:

@@ -159,3 +159,13 @@ def test_every_command_that_takes_adapters_takes_a_component(tmp_path):
     tuned = write(tmp_path / "tuned", load_file(out / "merged" / "model.safetensors"), {})
     assert "error 0.00000" in call("verify", base, tuned, file, "--component", "te2")
     call("verify", base, tuned, file, "--component", "te1", code=1)
+
+
+def test_two_files_of_components_are_compared_component_by_component(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (one, shapes, _), (two, _, _) = sdxl(tmp_path / "a"), sdxl(tmp_path / "b")
+    for component in (*shapes, ""):
+        options = deltaspec.AnalyzeOptions(pairing=deltaspec.PairOptions(component=component))
+        run = deltaspec.analyze(one, two, tmp_path / f"r{component}", options=options)
+        assert len(run.records) == sum(len(found) for name, found in shapes.items() if component in (name, ""))

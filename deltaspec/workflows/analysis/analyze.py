@@ -11,9 +11,9 @@ from deltaspec.io.open import identify_source, open_plain, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
-from deltaspec.pairing.flattened import refuse_component
+from deltaspec.pairing.flattened import take_component
 from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
-from deltaspec.pairing.renamed import map_names
+from deltaspec.pairing.renamed import choose_names, map_names
 from deltaspec.store.formats.run import RunContent
 from deltaspec.store.run import Run
 from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
@@ -38,7 +38,7 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
     CheckpointError, PairingError
         If a side cannot be read, or the two do not belong together.
     """
-    first, (second,) = open_plain(base), map_names([open_plain(tuned)], options.pairing.map)
+    first, (second,) = open_plain(base), choose_names([open_plain(tuned)], options.pairing)
     plan = pair_sources(first, second, options)
     refuse_shapes(plan.heads, vocabulary=False)
     return plan, first, second
@@ -59,8 +59,7 @@ def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Pla
     DeltaspecError
         As of ``analyze``.
     """
-    second = open_source(tuned)
-    refuse_component(options.pairing.component, [second])
+    (second,) = take_component([open_source(tuned)], options.pairing.component)
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             plan_attached,  # training's rooms load for such adapters only
@@ -79,13 +78,13 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
     PairingError
         If the two do not belong together.
     OptionError
-        If --component is given, and the second has no components.
+        If the first is an adapter that lacks the component that is asked for.
     """
-    refuse_component(options.pairing.component, [second])
     if isinstance(first, AdapterIndex):
         if isinstance(second, Checkpoint):
             message = f"The base {first.ref} is an adapter and {second.ref} a full checkpoint: swap the two arguments."
             raise PairingError(message)
+        (first,) = take_component([first], options.pairing.component)
         plan = pair_adapters(first, second, options)
     elif isinstance(second, AdapterIndex):
         plan = pair_adapter(first, second, options)
@@ -140,8 +139,8 @@ def analyze_against(base: Base, tuned: str | Path, out: str | Path | None, execu
         As of ``analyze``.
     execution : Execution
     """
-    options, second = execution.options, open_source(tuned)
-    refuse_component(options.pairing.component, [second])
+    options = execution.options
+    (second,) = take_component([open_source(tuned)], options.pairing.component)
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             analyze_attached,  # training's rooms load for such adapters only

@@ -18,7 +18,7 @@ from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.peft_layout import StandIn
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
-from deltaspec.pairing.flattened import is_flattened, refuse_component, resolve_flattened
+from deltaspec.pairing.flattened import is_flattened, resolve_flattened, take_component
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
 from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
@@ -90,9 +90,7 @@ def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | N
     """Open and add up all adapters; of their factors nothing is read yet."""
     named, plan = _open_base(base), Plan()
     indexes = [_open(path) for path, _ in adapters]
-    component = options.analysis.pairing.component
-    refuse_component(component, indexes)
-    indexes = [_resolve(index, named, plan, component) for index in indexes]
+    indexes = [_resolve(i, named, plan) for i in take_component(indexes, options.analysis.pairing.component)]
     total = sum_adapters(indexes, [weight for _, weight in adapters])
     made: list[WeightedSource] = [
         {"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)
@@ -160,10 +158,10 @@ def _open(path: str | Path) -> AdapterIndex:
     return index
 
 
-def _resolve(index: AdapterIndex, base: Checkpoint | None, plan: Plan, component: str) -> AdapterIndex:
+def _resolve(index: AdapterIndex, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
     """Give modules without dots in their names those of the base."""
     if base is not None:
-        return replace(resolve_flattened(index, base, plan, component=component), base_model=base.ref)
+        return replace(resolve_flattened(index, base, plan), base_model=base.ref)
     if is_flattened(index):
         first = next(iter(index.modules))
         message = f"{index.ref} names its modules without dots ('{first}'): pass --base, the model that it belongs to."

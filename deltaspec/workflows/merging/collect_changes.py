@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from deltaspec.errors import PairingError
 from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_tensor
-from deltaspec.options import AnalyzeOptions, PairOptions
+from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
 from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty, refuse_shapes
 from deltaspec.types import (
@@ -36,9 +36,7 @@ class _Added:
     used: set[TensorSpec] = field(default_factory=set)
 
 
-def collect_changes(
-    base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, float]], pairing: PairOptions | None = None
-) -> TensorChanges:
+def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, float]]) -> TensorChanges:
     """Pair each adapter with the base and gather what happens to each tensor.
 
     Parameters
@@ -46,8 +44,6 @@ def collect_changes(
     base : Checkpoint
     adapters : sequence of (AdapterIndex, float)
         Each with its weight.
-    pairing : PairOptions, optional
-        Of which ``component`` is used.
 
     Raises
     ------
@@ -56,7 +52,7 @@ def collect_changes(
     """
     changes = TensorChanges()
     for adapter, weight in adapters:
-        plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common", pairing=pairing or PairOptions()))
+        plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
         refuse_shapes(plan.heads, vocabulary=False)
         _add(changes, _Added(adapter, weight, plan), base)

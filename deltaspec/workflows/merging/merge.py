@@ -16,8 +16,7 @@ from deltaspec.files.atomic import whole_file
 from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
-from deltaspec.pairing.flattened import refuse_component
-from deltaspec.pairing.renamed import map_names
+from deltaspec.pairing.renamed import choose_names
 from deltaspec.store.formats.adapter import MergeIdentity
 from deltaspec.types import AdapterIndex, Checkpoint, Step
 from deltaspec.workflows.merging.checkpoint_writer import Files, Rewrite, assign_files, write_beside, write_files
@@ -61,7 +60,7 @@ def merge(
     """
     options = options or MergeOptions()
     source, given = _open(base, adapters, options)
-    rewrite = Rewrite(source, collect_changes(source, given, options.pairing), options.dtype)
+    rewrite = Rewrite(source, collect_changes(source, given), options.dtype)
     facts, files = _describe(source, given, options), assign_files(rewrite, Path(out))
     inputs = _list_files(source, given)
     with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
@@ -76,9 +75,8 @@ def _open(base: str | Path, adapters: Sequence[Given], options: MergeOptions) ->
         message = "merge needs at least one adapter: name it after the base."
         raise OptionError(message)
     source, opened = _open_base(base, options.dtype), [_open_adapter(place) for place, _ in named]
-    refuse_component(options.pairing.component, opened)
-    mapped = map_names(opened, options.pairing.map)
-    return source, [(adapter, weight) for adapter, (_, weight) in zip(mapped, named, strict=True)]
+    chosen = choose_names(opened, options.pairing)
+    return source, [(adapter, weight) for adapter, (_, weight) in zip(chosen, named, strict=True)]
 
 
 def _list_files(base: Checkpoint, adapters: Sequence[Addend]) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
@@ -10,9 +10,8 @@ from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
-from deltaspec.pairing.flattened import is_flattened, refuse_component
 from deltaspec.pairing.plan import Plan, refuse_shapes
-from deltaspec.pairing.renamed import map_names
+from deltaspec.pairing.renamed import choose_names
 from deltaspec.types import AdapterIndex, Checkpoint
 from deltaspec.workflows.analysis.analyze import pair_sources
 from deltaspec.workflows.verification.claims import Claims, read_claims
@@ -53,22 +52,16 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
         If one cannot be read, they are in another order, or the adapter belongs to another base.
     """
     first, *others = (open_plain(ref) for ref in (base, tuned, adapter))
-    second, index = map_names(others, options.pairing.map)
-    refuse_component(options.pairing.component, [second, index])
+    second, index = choose_names(others, options.pairing)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
         message = (
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
         )
         raise PairingError(message)
-    whole = replace(options, pairing=replace(options.pairing, component=""))
-    plan = pair_sources(first, second, options if _has_components(second) else whole)
+    plan = pair_sources(first, second, options)
     refuse_shapes(plan.heads, vocabulary=False)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)
     heads = sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"})
     return Trio(first, second, index, plan, adapted, lay_out(first, heads), claims)
-
-
-def _has_components(source: Checkpoint | AdapterIndex) -> bool:
-    return isinstance(source, AdapterIndex) and is_flattened(source)
