@@ -159,6 +159,8 @@ def test_every_command_that_takes_adapters_takes_a_component(tmp_path):
     tuned = write(tmp_path / "tuned", load_file(out / "merged" / "model.safetensors"), {})
     assert "error 0.00000" in call("verify", base, tuned, file, "--component", "te2")
     call("verify", base, tuned, file, "--component", "te1", code=1)
+    said = call("verify", base, tuned, file, "--component", "te2", "--text", tmp_path / "any.txt", code=2)
+    assert "--text runs the models" in said
 
 
 def test_two_files_of_components_are_compared_component_by_component(tmp_path):

@@ -8,11 +8,13 @@ import random
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import deltaspec
 from deltaspec.architecture.canonical_names import canonical_names
+from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.pairing.names import align_names
 from deltaspec.workflows.analysis.analyze import make_plan
@@ -321,3 +323,21 @@ def test_an_adapter_of_another_method_is_mapped_and_loses_its_wrappers_too(tmp_p
     one = deltaspec.AnalyzeOptions(device="cpu", pairing=deltaspec.PairOptions(component="unet"))
     with pytest.raises(OptionError, match="no adapter here holds components"):
         deltaspec.analyze(base, plain, tmp_path / "r3", options=one)
+
+
+def test_the_command_line_takes_several_maps(tmp_path):
+    base = random_state(LLAMA)
+    tuned = {n.replace("model.layers.", "blocks.").replace("lm_head", "head"): t for n, t in moved(base).items()}
+    folders = [str(write(tmp_path / side, state, LLAMA.config)) for side, state in (("b", base), ("t", tuned))]
+    maps = ["--map", "blocks=model.layers", "--map", "head=lm_head", "--quiet"]
+    for command in ("analyze", "extract"):
+        given = [command, *folders, "-o", str(tmp_path / command), *maps]
+        found = CliRunner().invoke(cli, given)
+        assert found.exit_code == 0, found.output
+        assert "only in the" not in found.output
+    checked = CliRunner().invoke(cli, ["verify", *folders, str(tmp_path / "extract"), *maps])
+    assert "As good as deltaspec.json claims." in checked.output, checked.output
+    assert checked.exit_code == 0
+    wrong = CliRunner().invoke(cli, ["analyze", *folders, "-o", str(tmp_path / "w"), "--map", "blocks"])
+    assert wrong.exit_code == 2
+    assert "expected OLD=NEW" in wrong.output
