@@ -57,9 +57,5 @@ def _under_places(
     shapes: dict[str, Shape], places: dict[tuple[Place, ...], str]
 ) -> tuple[dict[str, Shape | None], dict[str, str]]:
     """Name tensors as the running model does, where each is one whole parameter of it: shapes, and stored names."""
-    names = {
-        place[0].name: name
-        for place, name in places.items()
-        if len(place) == 1 and place[0].expert is None and place[0].parts == 1
-    }
+    names = {place[0].name: name for place, name in places.items() if place == (Place(place[0].name),)}
     return {running: shapes[name] for running, name in names.items()}, names

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -341,3 +344,21 @@ def test_the_command_line_takes_several_maps(tmp_path):
     wrong = CliRunner().invoke(cli, ["analyze", *folders, "-o", str(tmp_path / "w"), "--map", "blocks"])
     assert wrong.exit_code == 2
     assert "expected OLD=NEW" in wrong.output
+
+
+def test_the_hash_seed_decides_nothing():
+    code = (
+        "from deltaspec.pairing.names import align_names\n"
+        "layers = [f'{i}.{r}.weight' for i in range(3) for r in 'qkv']\n"
+        "base = {f'{t}.layers.{n}' for t in ('text', 'vision', 'audio') for n in layers}\n"
+        "tuned = {f'model.{t}_tower.layers.{n}' for t in ('text', 'vision') for n in layers}\n"
+        "try: print(sorted(align_names(base, tuned)[0].items()))\n"
+        "except Exception as error: print(error)\n"
+    )
+    said = set()
+    for seed in "0123":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        said.add(run.stdout)
+    assert len(said) == 1
+    assert "fit equally well" in said.pop()

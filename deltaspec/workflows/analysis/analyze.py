@@ -119,7 +119,8 @@ def analyze(
     Returns
     -------
     Run
-        With one record for each matrix and spectrum; matrices that failed are in ``run.failures``.
+        With one record for each matrix and spectrum; matrices that failed are in ``run.failures``, blocks that only
+        one side has in ``run.one_sided``.
 
     Raises
     ------
