@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from deltaspec.types import AdapterIndex
+from deltaspec.types import AdapterIndex, Config
 
 T = TypeVar("T")
 PREFIX = "base_model.model."  # before the base's own paths in an adapter's file
@@ -77,7 +77,7 @@ def own_parameters(module: str, listed: Iterable[str]) -> set[str]:
     return found
 
 
-def is_parameter(path: str, config: Mapping[str, Any]) -> bool:
+def is_parameter(path: str, config: Config) -> bool:
     """Tell whether factors of this name are those of a parameter that target_parameters lists, not of a module."""
     module, _, leaf = path.rpartition(".")
     return leaf in own_parameters(module, config.get("target_parameters") or [])
@@ -103,7 +103,7 @@ def list_unloaded(adapter: AdapterIndex) -> list[str]:
     return [f"adapter_config.json leaves out '{path}'" for path in gone]
 
 
-def _is_loaded(path: str, config: dict[str, Any]) -> bool:
+def _is_loaded(path: str, config: Config) -> bool:
     """Tell whether PEFT gives a module factors: a listed parameter, or a target that nothing takes away."""
     if ends_in(path, list_names(config.get("target_parameters"))):
         return True
@@ -121,7 +121,7 @@ def _is_loaded(path: str, config: dict[str, Any]) -> bool:
     return path in names or (ends_in(path, names) and _in_layers(path, config))
 
 
-def _in_layers(path: str, config: dict[str, Any]) -> bool:
+def _in_layers(path: str, config: Config) -> bool:
     """Tell whether layers_to_transform keeps a module that target_modules names by its end."""
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
     if layers is None or layers == []:

@@ -1,27 +1,18 @@
-"""A checkpoint's tensors under the names that the running model of transformers 5 gives them: those PEFT addresses."""
+"""A checkpoint's tensors under the names that its running model gives them: those PEFT addresses.
+
+The library that makes the model tells them. Where there is none that knows it, a table of ours for the models that
+people tune most is the fallback.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+
+from deltaspec.architecture.outline.find import find_outline
+from deltaspec.types import Config, Outline, Place, Shape
 
 Rules = tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one stored tensor lies in the running model: a parameter's full name.
-
-    With ``expert`` it is block ``part`` of the ``parts`` equal blocks of rows of that expert of a stack. Without, and
-    ``parts`` > 1, the parameter holds block ``part`` of the stored rows.
-    """
-
-    name: str
-    expert: int | None = None
-    part: int = 0
-    parts: int = 1
 
 
 LEGACY: Rules = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
@@ -88,8 +79,60 @@ SHARED = re.compile(r"((?:.*\.)?)shared")
 TOKENS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)$")
 
 
-def place_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, tuple[Place, ...]]:
-    """Say where each stored tensor lies in the model that transformers 5 makes of the checkpoint.
+def outline_checkpoint(tensors: Mapping[str, Shape], config: Config) -> Outline | str:
+    """Outline the running model of a checkpoint, or say why it is not known.
+
+    Parameters
+    ----------
+    tensors : mapping of str to tuple of int
+        Every tensor's name and stored shape.
+    config : dict
+        Content of config.json; it is believed only where the tensors are those of the model that it describes.
+
+    Returns
+    -------
+    Outline or str
+        The latter is half a sentence.
+    """
+    found = find_outline(config)
+    if isinstance(found, str):
+        return found
+    matrices = [name for name, shape in tensors.items() if len(shape) >= 2]
+    placed = found.place(matrices)
+    there = sum(misfit(placed[name], tensors[name], found) == "" for name in matrices)
+    if 2 * there < len(matrices):
+        return (
+            f"{len(matrices) - there} of its {len(matrices)} matrices are not what its config makes of {found.source}"
+        )
+    return found
+
+
+def misfit(places: tuple[Place, ...], shape: Shape, outline: Outline) -> str:
+    """Say why a stored tensor is not what the running model has in its places; "" where it is."""
+    for place in places:
+        held = outline.shapes.get(place.name)
+        if held is None:
+            return f"{outline.source} has no parameter of this name"
+        if place.moved:
+            return f"{outline.source} rearranges it on loading ({place.moved})"
+        if place.expert is not None:
+            fits = len(held) == 3 and held[1:] == (place.parts * shape[0], *shape[1:])
+        elif place.parts > 1:
+            fits = (held[0] * place.parts, *held[1:]) == shape
+        else:
+            fits = held == shape or is_turned(shape, held)
+        if not fits:
+            return f"{outline.source} has '{place.name}' of shape {held}"
+    return ""
+
+
+def is_turned(shape: Shape, held: Shape) -> bool:
+    """Tell whether a stack of experts is stored with the last two axes of the running one exchanged."""
+    return len(shape) == 3 and shape != held and (shape[0], shape[2], shape[1]) == held
+
+
+def place_tensors(names: Iterable[str], config: Config) -> dict[str, tuple[Place, ...]]:
+    """Say where each stored tensor lies in the model that its library makes of the checkpoint.
 
     Parameters
     ----------
@@ -106,8 +149,19 @@ def place_tensors(names: Iterable[str], config: dict[str, Any]) -> dict[str, tup
     Examples
     --------
     >>> place_tensors(["h.0.ln_1.weight"], {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
-    {'h.0.ln_1.weight': (Place(name='transformer.h.0.ln_1.weight', expert=None, part=0, parts=1),)}
+    {'h.0.ln_1.weight': (Place(name='transformer.h.0.ln_1.weight', expert=None, part=0, parts=1, moved=''),)}
     """
+    listed = list(names)
+    outline = find_outline(config)
+    if not isinstance(outline, str):
+        placed = outline.place(listed)
+        if 2 * sum(places[0].name in outline.shapes for places in placed.values()) >= len(listed):
+            return dict(placed)
+    return place_by_table(listed, config)
+
+
+def place_by_table(names: Iterable[str], config: Config) -> dict[str, tuple[Place, ...]]:
+    """Say where stored tensors lie as ``place_tensors`` does, by our own table alone."""
     kind, headed = str(config.get("model_type", "")), _architecture(config)
     rules = LEGACY + RENAMED.get(kind, ())
     compiled = [(re.compile(pattern), new) for pattern, new in rules]
@@ -134,7 +188,7 @@ def _place(name: str, kind: str) -> tuple[Place, ...]:
     return (Place(name),)
 
 
-def _architecture(config: dict[str, Any]) -> str:
+def _architecture(config: Config) -> str:
     found = config.get("architectures")
     return str(found[0]) if isinstance(found, list) and found else ""
 
@@ -149,12 +203,12 @@ def _with_body(name: str, kind: str, architecture: str) -> str:
     return f"{body}.{name}" if re.match(rf"({children})\.", name) else name
 
 
-def is_told(config: dict[str, Any]) -> bool:
+def is_told(config: Config) -> bool:
     """Tell whether the running model marks its stacks as stored (experts, d_in, d_out), so that PEFT knows."""
     return config.get("model_type") in TOLD
 
 
-def list_sharers(embedding: str, running: Collection[str], config: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def list_sharers(embedding: str, running: Collection[str], config: Config) -> tuple[tuple[str, str], ...]:
     """List the modules that may use a token embedding's weight beside it, tied or not.
 
     Parameters

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from deltaspec.types import Config
 
 TEXT = ("text_config", "llm_config", "language_config")
 LARGEST = 10**7
@@ -31,7 +32,7 @@ class Sizes:
         return self.heads, self.shared_heads or self.heads, size
 
 
-def read_sizes(config: dict[str, Any], *, declared: bool) -> tuple[Sizes, Sizes]:
+def read_sizes(config: Config, *, declared: bool) -> tuple[Sizes, Sizes]:
     """Read the sizes of the language model (or only model) and those of a vision tower.
 
     Parameters
@@ -50,19 +51,19 @@ def read_sizes(config: dict[str, Any], *, declared: bool) -> tuple[Sizes, Sizes]
     return _sizes({**config, **text}, declared=declared), _sizes(_section(config, "vision_config"), declared=declared)
 
 
-def read_model_types(config: dict[str, Any]) -> tuple[str, ...]:
+def read_model_types(config: Config) -> tuple[str, ...]:
     """Return every model_type that config.json names, the outermost first; diffusers' _class_name counts as one."""
     sections = [config, *(_section(config, name) for name in (*TEXT, "vision_config", "encoder", "decoder"))]
     values = [config.get("_class_name"), *(section.get("model_type") for section in sections)]
     return tuple(value for value in values if isinstance(value, str))
 
 
-def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(config: Config, name: str) -> Config:
     section = config.get(name)
     return section if isinstance(section, dict) else {}
 
 
-def _sizes(config: dict[str, Any], *, declared: bool) -> Sizes:
+def _sizes(config: Config, *, declared: bool) -> Sizes:
     shared_heads = _count(config, "num_key_value_heads")
     if config.get("new_decoder_architecture") is True:
         shared_heads = _count(config, "num_kv_heads")
@@ -77,6 +78,6 @@ def _sizes(config: dict[str, Any], *, declared: bool) -> Sizes:
     )
 
 
-def _count(config: dict[str, Any], *names: str) -> int | None:
+def _count(config: Config, *names: str) -> int | None:
     values = (config.get(name) for name in names)
     return next((value for value in values if type(value) is int and 0 < value <= LARGEST), None)

@@ -107,4 +107,5 @@ def _remarks(report: AdapterReport) -> list[str]:
             f"In {len(noisy)} of {len(report['matrices'])} matrices storage rounding explains more than 10 % of "
             "‖ΔW‖²: their error counts rounding as change (--above-rounding keeps what it does not explain)."
         )
+    parts.append(f"attachment: {printable(report['attachment'])}")
     return [*parts, *(f"Note: {printable(note)}." for note in report["notes"][:5])]

@@ -54,7 +54,7 @@ def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) 
             found = run_verification(base, tuned, adapter, options=options, progress=progress)
         said = _divergence((base, tuned, adapter), text, options=settings, quiet=output.quiet) if text else None
     click.echo(json.dumps({**asdict(found), "divergence": said}) if output.as_json else _render(found, said))
-    if found.worse or found.missing or found.totals.error > 1:
+    if found.worse or found.missing or found.unattached or found.totals.error > 1:
         sys.exit(1)
     stop_if_partial(found.one_sided, meant=options.pairing.partial)
 
@@ -93,11 +93,16 @@ def _render(found: Verification, said: dict[str, Any] | None) -> str:
         parts.append(f"Worse than claimed: {', '.join(map(printable, found.worse))}.")
     if found.missing:
         parts.append(f"Claimed and not there: {', '.join(map(printable, found.missing))}.")
+    if found.unattached:
+        shown = ", ".join(map(printable, found.unattached[:8]))
+        more = f" and {len(found.unattached) - 8} more" if len(found.unattached) > 8 else ""
+        parts.append(f"Without effect once PEFT loads the adapter: {shown}{more}.")
     parts += warn_one_sided(found.one_sided)
     if found.rest:
         right = sum(row.right for row in found.rest)
         parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")
-    if found.claims and not found.worse and not found.missing:
+    parts.append(f"attachment: {printable(found.attachment)}")
+    if found.claims and not found.worse and not found.missing and not found.unattached:
         parts.append("As good as deltaspec.json claims.")
     elif not found.claims:
         parts.append("It holds no deltaspec.json that speaks of this pair: nothing was claimed.")

@@ -88,17 +88,24 @@ def adjust_config(
     untied : bool
         Whether head and embedding are two tensors now.
     """
-    changed: dict[str, Any] = json.loads(json.dumps(config))
+    changed: dict[str, Any] = untie(config) if untied else json.loads(json.dumps(config))
     for scope in (changed, *(inner for inner in changed.values() if isinstance(inner, dict))):
         if dtype != "auto":
             scope.update({key: OPTIONS[dtype].kind for key in ("dtype", "torch_dtype") if key in scope})
         if vocabulary and scope.get("vocab_size") == vocabulary[0]:
             scope["vocab_size"] = vocabulary[1]
-        if untied and ("tie_word_embeddings" in scope or scope is changed):
-            scope["tie_word_embeddings"] = False
     if dtype != "auto":
         changed.pop("quantization_config", None)
     return changed if changed != config else None
+
+
+def untie(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config that says that head and embedding are two tensors."""
+    changed: dict[str, Any] = json.loads(json.dumps(config))
+    for scope in (changed, *(inner for inner in changed.values() if isinstance(inner, dict))):
+        if "tie_word_embeddings" in scope or scope is changed:
+            scope["tie_word_embeddings"] = False
+    return changed
 
 
 def output_name(name: str) -> str:

@@ -1,30 +1,11 @@
-"""Which module or parameter of the model that PEFT wraps a stored tensor is: of a checkpoint, or as adapters say."""
+"""The model that PEFT wraps: which module or parameter of it a stored tensor is, and what factors do there."""
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Mapping
 
-from deltaspec.architecture.running_names import ODD_EMBEDDINGS, SHARED, STRIDED, Place, place_tensors
-from deltaspec.io.content import list_tied
-from deltaspec.types import AdapterModule, Checkpoint
-
-# PEFT 0.21 takes modules of these names for experts of older checkpoints where the model has stacks, so that they can
-# only be reached as parameters; routers are no linear layers there.
-TAKEN = re.compile(r"(^|\.)(gate|router|gate_proj|up_proj|down_proj|w1|w2|w3)$")
-
-
-@dataclass(frozen=True, slots=True)
-class StandIn(Checkpoint):
-    """What adapters say of a base that is not read: its tensors have the names that PEFT gave them.
-
-    ``parameters`` are the paths that target_parameters lists.
-    """
-
-    parameters: frozenset[str] = frozenset()
+from deltaspec.types import AdapterModule, Checkpoint, Place
 
 
 class Layout(ABC):
@@ -39,7 +20,14 @@ class Layout(ABC):
         A parameter's full name in the model → stored name.
     modules : frozenset of str
         Paths of all modules around these parameters.
+    checked : str
+        What tells that factors will act as changes of the weights: a library's class; "" where nothing does.
+    unchecked : str
+        Why nothing does, as half a sentence.
     """
+
+    checked = ""
+    unchecked = ""
 
     def __init__(self, base: Checkpoint, places: Mapping[str, tuple[Place, ...]]) -> None:
         self.base, self.places = base, places
@@ -64,93 +52,66 @@ class Layout(ABC):
 
     @abstractmethod
     def refusal(self, module: AdapterModule) -> str:
-        """Say why the model cannot work with PEFT's wrapper around a module; "" if it can."""
+        """Say why factors of a module would not act as a change of its weight; "" if they do."""
+
+    @abstractmethod
+    def kind(self, module: AdapterModule, name: str) -> str:
+        """Return what the module at ``name`` of the model is to PEFT: linear, conv1d, conv, embedding or stack."""
+
+    @abstractmethod
+    def swaps(self, stored: str, *, transposed: bool, stack: bool) -> bool:
+        """Tell whether PEFT takes the inputs of a matrix for its outputs.
+
+        Parameters
+        ----------
+        stored : str
+            The base's tensor.
+        transposed : bool
+            Whether the matrix, as it is seen, is the stored one transposed.
+        stack : bool
+            Whether it is one of a stack.
+        """
+
+    def tied_with(self, name: str) -> frozenset[str]:
+        """Return the model's parameters that are one tensor with this one, itself among them."""
+        path = name.removesuffix(".weight")
+        return frozenset({name, *(f"{use}.weight" for use, _ in self.uses(path))})
+
+    @property
+    def attachment(self) -> str:
+        """Whether it is known what factors will do, and by what, in words."""
+        return f"checked with {self.checked}" if self.checked else f"not checked ({self.unchecked})"
+
+    def lacks(self, name: str) -> bool:
+        """Tell whether the model has no parameter of this full name, as far as that is known."""
+        del name
+        return False
+
+    def is_typed(self, path: str) -> bool:
+        """Tell whether the model asks for a module's class, so that PEFT must not wrap it to save it whole."""
+        del path
+        return False
+
+    def is_idle(self, path: str) -> bool:
+        """Tell whether nothing calls a module, so that factors beside its weight do nothing."""
+        del path
+        return False
+
+    def unattached(self, path: str, *, as_parameter: bool = False) -> str:
+        """Say why factors that an adapter's file has under a path would not change what it names; "" where they would.
+
+        Parameters
+        ----------
+        path : str
+        as_parameter : bool
+            Whether target_parameters lists it.
+        """
+        del path, as_parameter
+        return ""
 
     def holders(self, path: str) -> list[str]:
         """List the modules that factors of a module are written for: itself, and those tied to it."""
         return [*([] if self.is_unread(path) else [path]), *(use for use, _ in self.uses(path))]
-
-
-def lay_out(base: Checkpoint, untied: Collection[str] = ()) -> Layout:
-    """Lay out a base, or what stands in for one.
-
-    Parameters
-    ----------
-    base : Checkpoint
-    untied : collection of str
-        Heads that its embedding shall not serve, although the base ties them.
-    """
-    return _AsAdaptersSay(base) if isinstance(base, StandIn) else _OfCheckpoint(base, untied)
-
-
-@final
-class _OfCheckpoint(Layout):
-    """The running model of a checkpoint, as far as its stored names and its config tell it."""
-
-    def __init__(self, base: Checkpoint, untied: Collection[str]) -> None:
-        super().__init__(base, place_tensors(base.tensors, base.config))
-        self._apart = {place.name.removesuffix(".weight") for name in untied for place in self.place(name)}
-        self._stacked = any(".experts." in f"{name}." for name in self.running)
-
-    def place(self, path: str) -> tuple[Place, ...]:
-        name = path if path in self.places or path.endswith((".weight", ".bias")) else f"{path}.weight"
-        return self.places.get(name) or place_tensors([name], self.base.config)[name]
-
-    def uses(self, path: str) -> list[tuple[str, str]]:
-        return [use for use in list_tied(self.base, path, self.running) if use[0] not in self._apart]
-
-    def is_unread(self, path: str) -> bool:
-        return bool(SHARED.fullmatch(path))
-
-    def needs_parameter(self, module: AdapterModule, name: str) -> bool:
-        taken = module.kind == "linear" and self._stacked and TAKEN.search(name.removesuffix(".weight"))
-        return bool(taken) or not name.endswith(".weight")
-
-    def refusal(self, module: AdapterModule) -> str:
-        if module.kind == "conv" and module.kernel[:1] == (1,) and module.shape[0] > 1:
-            return "its kernel has one input channel: a grouped convolution, whose factors PEFT lays out otherwise"
-        if module.kind == "conv" and STRIDED.search(module.path):
-            return "the model reads attributes of this convolution that PEFT's wrapper lacks"
-        if module.kind == "embedding" and ODD_EMBEDDINGS.search(module.path):
-            return "the model reads this embedding by other means than ids"
-        if module.kind == "stack" and module.experts == 1 and module.transposed:
-            return "a stack of one expert stored as (d_in, d_out) has no layout in PEFT"
-        weight = self.place(module.path)[0].name.removesuffix(".weight")
-        if weight.endswith(".out_proj") and f"{weight.rpartition('.')[0]}.in_proj_weight" in self.running:
-            return (
-                "torch's MultiheadAttention reads this weight without calling its module, so that factors have no "
-                "effect"
-            )
-        return ""
-
-
-@final
-class _AsAdaptersSay(Layout):
-    """The model as the names in its adapters' files have it: nothing is renamed, tied or refused."""
-
-    def __init__(self, base: StandIn) -> None:
-        super().__init__(base, {name: (Place(name),) for name in base.tensors})
-        self._parameters = base.parameters
-
-    def place(self, path: str) -> tuple[Place, ...]:
-        whole = path in self._parameters or path in self.places or path.endswith((".weight", ".bias"))
-        return (Place(path if whole else f"{path}.weight"),)
-
-    def uses(self, path: str) -> list[tuple[str, str]]:
-        del path
-        return []
-
-    def is_unread(self, path: str) -> bool:
-        del path
-        return False
-
-    def needs_parameter(self, module: AdapterModule, name: str) -> bool:
-        del name
-        return module.path in self._parameters
-
-    def refusal(self, module: AdapterModule) -> str:
-        del module
-        return ""
 
 
 def _ancestors(name: str) -> list[str]:

@@ -10,9 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltaspec.architecture.running_names import Place, is_told
 from deltaspec.io.peft_layout import Layout
-from deltaspec.types import AdapterModule
+from deltaspec.types import AdapterModule, Place
 
 Factors = tuple[Tensor, Tensor]
 
@@ -21,8 +20,9 @@ Factors = tuple[Tensor, Tensor]
 class Target:
     """One module of the running model and its factors.
 
-    ``parameter`` is the full name that target_parameters lists, "" for target_modules. ``swapped`` stacks are stored
-    (d_in, d_out) without PEFT knowing: it takes their inputs for outputs. ``sources`` are the paths in the base.
+    ``parameter`` is the full name that target_parameters lists, "" for target_modules. Of a ``swapped`` one PEFT takes
+    the inputs for outputs: a stack stored (d_in, d_out) without PEFT knowing, or a matrix whose family was not known.
+    ``sources`` are the paths in the base.
     """
 
     module: AdapterModule
@@ -61,9 +61,10 @@ def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list
             found += [_target(module, place, layout) for place in places]
     found += [_stack(name, members, layout) for name, members in experts.items()]
     given = {target.module.path for target in found}
-    for target in [target for target in found if target.module.kind == "embedding"]:
+    for target in [target for target in found if target.module.kind != "stack"]:
         uses = [use for use in layout.uses(target.module.path) if use[0] not in given]
-        found += [replace(target, module=replace(target.module, path=path, kind=kind)) for path, kind in uses]
+        found += [_of_use(target, *use) for use in uses]
+        given |= {path for path, _ in uses}
         if layout.is_unread(target.module.path):
             found.remove(target)
     return found, refused
@@ -74,15 +75,17 @@ def _target(module: AdapterModule, place: Place, layout: Layout) -> Target:
     if place.parts > 1:
         module = _part(module, place)
     if module.kind == "stack":
-        swapped = _is_swapped(module, layout)
+        swapped = layout.swaps(path, transposed=module.transposed, stack=True)
         return Target(replace(module, path=name), (path,), name, swapped)
     parameter = name if layout.needs_parameter(module, name) else ""
-    return Target(replace(module, path=name.removesuffix(".weight")), (path,), parameter)
+    swapped = layout.swaps(f"{path}.weight", transposed=module.kind == "conv1d", stack=False)
+    kind = "linear" if parameter else layout.kind(module, name)
+    return Target(replace(module, path=name.removesuffix(".weight"), kind=kind), (path,), parameter, swapped)
 
 
-def _is_swapped(module: AdapterModule, layout: Layout) -> bool:
-    """Tell whether a stack is stored as (d_in, d_out) and PEFT is not told."""
-    return module.transposed and not is_told(layout.base.config)
+def _of_use(target: Target, path: str, kind: str) -> Target:
+    """Return the same factors for a module that is tied to the target's."""
+    return Target(replace(target.module, path=path, kind=kind), target.sources, "", target.swapped)
 
 
 def _part(module: AdapterModule, place: Place) -> AdapterModule:

@@ -57,7 +57,7 @@ def _shapes(target: Target) -> tuple[Shape, Shape]:
     if module.kind == "stack":
         first, last = (d_out, d_in) if target.swapped else (d_in, d_out)
         return (rank * module.experts, first), (last, rank * module.experts)
-    return (rank, d_in), (d_out, rank)
+    return ((rank, d_out), (d_in, rank)) if target.swapped else ((rank, d_in), (d_out, rank))
 
 
 def _read(target: Target, side: int, shape: Shape, dtype: str) -> Tensor:
@@ -103,7 +103,9 @@ def plan_whole(
         Of the modules, for modules_to_save.
     entries : list of Entry
     """
-    given = _spread(full, layout)
+    moved = {entry.name: place.moved for entry in full for place in layout.place(entry.name) if place.moved}
+    refused.update({name: f"{layout.checked} rearranges it on loading ({how})" for name, how in moved.items()})
+    given = _spread([entry for entry in full if entry.name not in moved], layout)
     saved: list[str] = []
     entries: list[Entry] = []
     for path in sorted({name.rpartition(".")[0] for name in given}):
@@ -145,6 +147,8 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
     """Say why PEFT cannot save just this module, by how it matches names: endswith, and a regular expression."""
     if not PLAIN.fullmatch(path):
         return "it lies in no module that PEFT could save by its name"
+    if layout.is_typed(path):
+        return "the model asks for the class of its module, which PEFT would wrap"
     if other := saved_alike(path, layout.modules):
         return f"PEFT would save '{other}' too, whose name ends alike"
     for target in targets:
@@ -156,10 +160,12 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
 def _incomplete(names: Sequence[str], given: dict[str, Entry], layout: Layout) -> str:
     """Say which tensor of a module can be taken neither from what is given nor from the base as it is."""
     for name in names:
+        if layout.lacks(name):
+            return f"{layout.checked} has no parameter of this name"
         stored = given[name].name if name in given else layout.running[name]
         place = layout.place(stored)[0]
         scaled = name not in given and layout.base.tensors[stored].scale
-        if scaled or place.parts > 1 or place.expert is not None:
+        if scaled or place.moved or place.parts > 1 or place.expert is not None:
             return f"its module also holds '{stored}', which the base stores in another form"
     return ""
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from deltaspec.architecture.match import Identification, identify
+from deltaspec.architecture.match import identify
 from deltaspec.architecture.roles import fused_role
-from deltaspec.architecture.running_names import Place
-from deltaspec.errors import PairingError
-from deltaspec.io.matrix import read_tensor
+from deltaspec.io.lay_out import lay_out
+from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.dense import pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened
 from deltaspec.pairing.homes import Homes, factor_shape, find_homes, list_wanted, pair_factors, weight_of
 from deltaspec.pairing.names import natural_order
 from deltaspec.pairing.plan import Pairing, Plan, VectorPair, refuse_shapes, unreadable
-from deltaspec.pairing.tied import HEAD_NAMES
+from deltaspec.pairing.tied_factors import pair_tied
 from deltaspec.types import (
     AdapterIndex,
     Checkpoint,
@@ -23,8 +22,8 @@ from deltaspec.types import (
     LowRankSource,
     LowRankTerm,
     MatrixKey,
-    MatrixSource,
     NoteKind,
+    Place,
     View,
     WeightPair,
 )
@@ -43,15 +42,16 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
     """
     plan = Plan()
     tuned = resolve_flattened(tuned, base, plan)
-    homes = find_homes(base, list_wanted(tuned), plan)  # factors go before a weight saved beside them
+    layout = lay_out(base)
+    homes = find_homes(layout, list_wanted(tuned), plan)  # factors go before a weight saved beside them
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
     work = Pairing(plan, known, options)
-    _pair_tied(plan, base, tuned, homes, known)
+    pair_tied(plan, layout, tuned, homes, known)
     rows = [(name, place, path) for path, found in homes.items() for name, place in found]
     for name, place, path in sorted(rows, key=lambda row: (natural_order(row[0]), row[1].part)):
         if not work.leaves_out(name):
-            _pair_home(work, base, tuned, (name, place, path), homes[path])
+            _pair_home(work, layout, tuned, (name, place, path), homes[path])
     _pair_biases(work, base, tuned, homes)
     work.refuse_shapes()
     for name in sorted(tuned.full.keys() - homes.keys(), key=natural_order):
@@ -67,12 +67,12 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
 
 
 def _pair_home(
-    work: Pairing, base: Checkpoint, tuned: AdapterIndex, row: tuple[str, Place, str], home: list[tuple[str, Place]]
+    work: Pairing, layout: Layout, tuned: AdapterIndex, row: tuple[str, Place, str], home: list[tuple[str, Place]]
 ) -> None:
     """Pair one tensor of the base, at a place in what the adapter names ``path``, with factors or a whole tensor."""
-    name, place, path = row
+    base, (name, place, path) = layout.base, row
     if path in tuned.modules:
-        pairs = pair_factors(work.known, base, name, term=tuned.modules[path], home=home)
+        pairs = pair_factors(work.known, name, term=tuned.modules[path], home=home, layout=layout)
         work.plan.pairs += pairs
         if not pairs:
             work.wrong.append((name, base.tensors[name].shape, factor_shape(tuned.modules[path])))
@@ -83,47 +83,6 @@ def _pair_home(
         work.plan.skip(name, NoteKind.LAYOUT, reason)
     else:
         pair_tensor(work, name, (base.tensors[name], tuned.full[path]))
-
-
-def _pair_tied(plan: Plan, base: Checkpoint, tuned: AdapterIndex, homes: Homes, known: Identification) -> None:
-    """Settle factors of modules that the base lacks: they may share its embedding's weight, and its factors.
-
-    Raises
-    ------
-    PairingError
-        If a module shares nothing.
-    """
-    for path in sorted(tuned.modules.keys() - homes.keys(), key=natural_order):
-        term, name = tuned.modules[path], weight_of(path)
-        embedding = _tied_embedding(name, factor_shape(term), known)
-        if embedding is None:
-            message = (
-                f"The adapter {tuned.ref} targets '{name}', which {base.ref} lacks: "
-                f"pass the base it was trained from (its config says '{tuned.base_model}')."
-            )
-            raise PairingError(message)
-        twin = next((p for p, found in homes.items() if found[0][0] == embedding and p in tuned.modules), None)
-        if twin is None:
-            homes[path] = [(embedding, Place(embedding))]
-            plan.note(f"'{name}' is not stored in the base: its factors change the tied '{embedding}'")
-        elif _same_product(tuned.modules[twin], term):
-            plan.note(f"'{name}' is tied to '{embedding}' and has the same factors")
-        else:
-            (found,) = known.matrices[embedding]
-            key = replace(found.key, tensor=name, role="lm_head")
-            sources = MatrixSource(base.tensors[embedding], found.view), LowRankSource((term,), found.view)
-            plan.pairs.append(WeightPair(key, found.view.shape, *sources))
-            plan.note(f"'{name}' has factors of its own: compared with the base's tied '{embedding}'")
-
-
-def _same_product(first: LowRankTerm, second: LowRankTerm) -> bool:
-    """Tell whether two terms hold the same factors, one perhaps laid out for an embedding."""
-    sides = []
-    for term in (first, second):
-        lora_A, lora_B = read_tensor(term.lora_A), read_tensor(term.lora_B)
-        sides.append((lora_B.mT, lora_A.mT) if term.embedding else (lora_A, lora_B))
-    (a, b), (c, d) = sides
-    return first.scaling == second.scaling and a.shape == c.shape and bool((a == c).all()) and bool((b == d).all())
 
 
 def _pair_biases(work: Pairing, base: Checkpoint, tuned: AdapterIndex, homes: Homes) -> None:
@@ -150,7 +109,7 @@ def pair_split_biases(base: Checkpoint, tuned: AdapterIndex) -> list[tuple[Vecto
         Each with the base's bias, if it has one, and the row at which the adapter's own begins.
     """
     found = []
-    homes = find_homes(base, list_wanted(tuned), Plan()) if tuned.biases else {}
+    homes = find_homes(lay_out(base), list_wanted(tuned), Plan()) if tuned.biases else {}
     for path in sorted(tuned.biases.keys() & homes.keys(), key=natural_order):
         bias, (stored, place) = tuned.biases[path], homes[path][0]
         name = f"{stored.removesuffix('.weight')}.bias"
@@ -161,14 +120,6 @@ def pair_split_biases(base: Checkpoint, tuned: AdapterIndex) -> list[tuple[Vecto
             pair = VectorPair(MatrixKey(name, role="bias"), whole, bias, scaling=tuned.modules[path].scaling)
             found.append((pair, place.part * bias.shape[0]))
     return found
-
-
-def _tied_embedding(name: str, shape: tuple[int, int], known: Identification) -> str | None:
-    """Name the base's embedding where ``name`` is of a head or embedding that the base does not store apart from it."""
-    if not name.endswith((*HEAD_NAMES, "vocab_projector.weight", "embed_tokens.weight")):
-        return None
-    candidates = ((name, found[0]) for name, found in known.matrices.items() if len(found) == 1)
-    return next((n for n, found in candidates if found.key.role == "embed" and found.view.shape == shape), None)
 
 
 def pair_adapters(base: AdapterIndex, tuned: AdapterIndex, options: AnalyzeOptions) -> Plan:

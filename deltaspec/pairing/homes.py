@@ -7,29 +7,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification
-from deltaspec.architecture.running_names import Place, is_told, place_tensors
+from deltaspec.io.peft_layout import Layout
 from deltaspec.pairing.names import align_best
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import (
-    AdapterIndex,
-    Checkpoint,
-    LowRankSource,
-    LowRankTerm,
-    MatrixSource,
-    Shape,
-    View,
-    WeightPair,
-)
+from deltaspec.types import AdapterIndex, LowRankSource, LowRankTerm, MatrixSource, Place, Shape, View, WeightPair
 
 Homes = dict[str, list[tuple[str, Place]]]
 
 
-def find_homes(base: Checkpoint, paths: Collection[str] | Mapping[str, Shape | None], plan: Plan) -> Homes:
+def find_homes(layout: Layout, paths: Collection[str] | Mapping[str, Shape | None], plan: Plan) -> Homes:
     """Map what an adapter names to the base's tensors.
 
     Parameters
     ----------
-    base : Checkpoint
+    layout : Layout
+        Of the base.
     paths : collection of str, or mapping of str to shape
         Module paths, parameters' names and names of tensors stored whole; shapes, where they are known, decide
         between homes of equal names.
@@ -40,27 +32,32 @@ def find_homes(base: Checkpoint, paths: Collection[str] | Mapping[str, Shape | N
     -------
     dict
         Path → the base's tensors, each with its place in what the path names; paths that the base lacks are missing.
+        Names of the running model come first, for PEFT addresses those; then the stored ones.
     """
-    stored: Homes = {name: [(name, Place(name))] for name in base.tensors}
-    running: Homes = {}
-    for name, places in place_tensors(base.tensors, base.config).items():
-        for place in places:
-            running.setdefault(place.name, []).append((name, place))
+    ways = _running(layout), {name: [(name, Place(name))] for name in layout.base.tensors}
     shapes = dict(paths) if isinstance(paths, Mapping) else dict.fromkeys(paths)
-    wanted = [{path if path in names else weight_of(path): path for path in paths} for names in (stored, running)]
-    ways = [
-        ({name: _shape(base, names[name]) for name in names}, {name: shapes[path] for name, path in asked.items()})
-        for names, asked in zip((stored, running), wanted, strict=True)
+    asked = [{path if path in names else weight_of(path): path for path in paths} for names in ways]  # last of a name
+    homes: Homes = {}
+    for names, wanted in zip(ways, asked, strict=True):
+        homes |= {path: names[name] for name, path in wanted.items() if name in names and path not in homes}
+    if len(homes) == len(asked[-1]):
+        return homes
+    sides = [
+        ({n: _shape(layout, home) for n, home in names.items()}, {n: shapes[path] for n, path in wanted.items()})
+        for names, wanted in zip(ways[::-1], asked[::-1], strict=True)
     ]
-    way, mapping, note = align_best(ways)
+    way, mapping, note = align_best(sides)
+    if len(mapping) <= len(homes):
+        return homes
     if note:
         plan.note(note)
-    return {wanted[way][mapped]: (stored, running)[way][name] for name, mapped in mapping.items()}
+    names, wanted = ways[::-1][way], asked[::-1][way]
+    return {wanted[mapped]: names[name] for name, mapped in mapping.items()}
 
 
-def _shape(base: Checkpoint, home: list[tuple[str, Place]]) -> Shape | None:
+def _shape(layout: Layout, home: list[tuple[str, Place]]) -> Shape | None:
     """Return the shape of a module's weight, where one stored tensor is it, and no stack of experts."""
-    (name, place), shape = home[0], base.tensors[home[0][0]].shape
+    (name, place), shape = home[0], layout.base.tensors[home[0][0]].shape
     whole = len(home) == 1 and place.expert is None and place.parts == 1
     return shape if whole and name.endswith(".weight") else None
 
@@ -69,6 +66,16 @@ def list_wanted(adapter: AdapterIndex) -> dict[str, Shape | None]:
     """Map all that an adapter names to its shape: factors before a weight saved beside them, None for stacks'."""
     terms = {path: None if term.experts else factor_shape(term) for path, term in adapter.modules.items()}
     return {name: spec.shape for name, spec in adapter.full.items()} | terms
+
+
+def _running(layout: Layout) -> Homes:
+    """Map the running model's parameters to the tensors that hold their rows."""
+    running: Homes = {}
+    for name, places in layout.places.items():
+        for place in places:
+            if not place.moved:
+                running.setdefault(place.name, []).append((name, place))
+    return running
 
 
 def weight_of(path: str) -> str:
@@ -87,7 +94,7 @@ def factor_shape(term: LowRankTerm) -> tuple[int, int]:
 
 
 def pair_factors(
-    known: Identification, base: Checkpoint, name: str, *, term: LowRankTerm, home: list[tuple[str, Place]]
+    known: Identification, name: str, *, term: LowRankTerm, home: list[tuple[str, Place]], layout: Layout
 ) -> list[WeightPair]:
     """Pair each matrix of a tensor with its rows of a product, and its expert of a stack.
 
@@ -95,12 +102,12 @@ def pair_factors(
     ----------
     known : Identification
         Of the base.
-    base : Checkpoint
     name : str
         The base's tensor.
     term : LowRankTerm
     home : list of (str, Place)
         All tensors that the term changes, this one among them.
+    layout : Layout
 
     Returns
     -------
@@ -113,7 +120,8 @@ def pair_factors(
     first, place = found[0].view, dict(home)[name]
     height = sum(part.view.shape[0] for part in found if part.view.expert == first.expert)
     experts = {place.expert for _, place in home} if place.expert is not None else {p.view.expert for p in found}
-    turned = first.expert is not None and first.transposed and not is_told(base.config)
+    stack = first.expert is not None
+    turned = layout.swaps(name, transposed=first.transposed, stack=stack)
     rows = height * place.parts if place.expert is not None else height // place.parts
     shape = factor_shape(term)
     whole = (first.shape[1], rows) if turned else (rows, first.shape[1])
@@ -124,7 +132,7 @@ def pair_factors(
         view = _view(part.view, place, height, turned=turned)
         if view:
             source = LowRankSource((term,), view)
-            dense = MatrixSource(base.tensors[name], part.view)
+            dense = MatrixSource(layout.base.tensors[name], part.view)
             pairs.append(WeightPair(part.key, view.shape, dense, source, part.guessed))
     return pairs
 

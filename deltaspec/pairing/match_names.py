@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from deltaspec.architecture.running_names import Place, place_tensors
+from deltaspec.architecture.running_names import place_tensors
 from deltaspec.pairing.names import align_best
-from deltaspec.types import Checkpoint, Shape
+from deltaspec.types import Checkpoint, Place, Shape
 
 
 def match_names(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], str]:

@@ -35,8 +35,9 @@ class Plan:
 
     ``attached`` are matrices that an adapter changes once it is attached to the running base: keys with their shapes.
     ``excluded`` has both sides of those that only --include or --exclude keep out. ``heads`` are task heads of another
-    shape (another number of classes), left out: an adapter or a merge cannot do without them. ``one_sided`` are whole
-    blocks without a counterpart, side by side.
+    shape (another number of classes), left out: an adapter or a merge cannot do without them. ``twins`` are modules
+    that an adapter changes exactly as the weight that they share: nothing more to compare, but a merge must know.
+    ``one_sided`` are whole blocks without a counterpart, side by side.
     """
 
     pairs: list[WeightPair] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Plan:
     attached: list[tuple[MatrixKey, tuple[int, int]]] = field(default_factory=list)
     heads: list[Mismatch] = field(default_factory=list)
     one_sided: list[OneSidedBlocks] = field(default_factory=list)
+    twins: list[WeightPair] = field(default_factory=list)
 
     def skip(self, name: str, kind: NoteKind, reason: str) -> None:
         """List a tensor that is not compared."""

@@ -7,11 +7,13 @@ Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F
 from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
 from deltaspec.types.identity import OneSidedBlocks, PlainFields, SkippedTensor, SourceIdentity, WeightedSource
 from deltaspec.types.notes import Note, NoteKind
+from deltaspec.types.outline import Holder, Outline, Place
 from deltaspec.types.progress import Step
 from deltaspec.types.results import LowRankDelta, MatrixRecord, Rounding, Spectrum, Truncation
 from deltaspec.types.stored import (
     AdapterIndex,
     Checkpoint,
+    Config,
     ForeignAdapter,
     KnownMatrix,
     LowRankSource,
@@ -29,8 +31,10 @@ __all__ = [
     "AdapterIndex",
     "AdapterModule",
     "Checkpoint",
+    "Config",
     "Entry",
     "ForeignAdapter",
+    "Holder",
     "KnownMatrix",
     "LowRankDelta",
     "LowRankSource",
@@ -43,6 +47,8 @@ __all__ = [
     "NoteKind",
     "OneSidedBlocks",
     "Opened",
+    "Outline",
+    "Place",
     "PlainFields",
     "Rounding",
     "Shape",

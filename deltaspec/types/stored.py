@@ -9,6 +9,8 @@ from typing import Any
 from deltaspec.types.view import View
 
 Shape = tuple[int, ...]
+Config = dict[str, Any]
+"""Content of a config.json, of a model or an adapter: untrusted, its values of any kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class Checkpoint:
     root: Path
     files: tuple[Path, ...]
     tensors: dict[str, TensorSpec]
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     revision: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # not in tensors → the name it shares memory with
     wrapped: dict[str, str] = field(default_factory=dict)
@@ -134,7 +136,7 @@ class AdapterIndex:
     full: dict[str, TensorSpec]
     biases: dict[str, TensorSpec]
     base_model: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     revision: str | None = None
     wrapped: tuple[str, ...] = ()
 
@@ -150,7 +152,7 @@ class ForeignAdapter:
     ref: str
     root: Path
     files: tuple[Path, ...]
-    config: dict[str, Any]
+    config: Config
     refusal: str
     revision: str | None = None
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltaspec.architecture.running_names import Place, place_tensors
+from deltaspec.architecture.running_names import place_tensors
 from deltaspec.io.open import open_plain
 from deltaspec.io.peft_writer import PeftForm, plan_adapter
-from deltaspec.types import AdapterModule, Checkpoint, Entry
+from deltaspec.types import AdapterModule, Checkpoint, Entry, Place
 from tests.families import FAMILIES, random_state, write
 from tests.io.adapters import checkpoint, config_of, module, stored
 

@@ -104,6 +104,7 @@ class AdapterReport(ExtractionIdentity):
     label: str
     dtype: str
     target: str
+    attachment: str
     notes: list[str]
     modules: dict[str, ModuleRow]
     matrices: list[FactorsRow]

@@ -12,6 +12,7 @@ from deltaspec.architecture.canonical_names import WRAPPER
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
+from deltaspec.io.lay_out import lay_out
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
@@ -192,7 +193,7 @@ def _outer(name: str) -> list[str]:
 
 def _own_names(base: Checkpoint, tensors: list[str]) -> dict[str, str]:
     """Map the running model's names of matrices to those that the base stores them under, where one is one."""
-    homes = find_homes(base, tensors, Plan())
+    homes = find_homes(lay_out(base), tensors, Plan())
     return {
         name: found[0][0]
         for name, found in homes.items()

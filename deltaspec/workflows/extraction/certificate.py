@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deltaspec.files.tensor_reader import list_tensors
-from deltaspec.io.peft_layout import lay_out
+from deltaspec.io.lay_out import lay_out
 from deltaspec.store.formats.adapter import AdapterReport, AdapterTotals, FactorsRow, NotCarried
 from deltaspec.store.formats.piece import FactorisedRow
 from deltaspec.types import AdapterModule, NoteKind
@@ -69,6 +69,7 @@ def _report(assembly: Assembly, written: Written) -> AdapterReport:
         **assembly.extraction.identity,
         "dtype": sources.dtype,
         "target": options.form.target,
+        "attachment": lay_out(sources.base).attachment,
         "notes": [str(note) for note in sources.plan.notes],
         "modules": {m.path: {"rank": m.rank, "kind": m.kind, "bias": _has_bias(m, refused)} for m in written.modules},
         "matrices": matrices,

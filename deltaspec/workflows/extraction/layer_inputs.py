@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltaspec.errors import CheckpointError, NumericalError, RunError
+from deltaspec.io.lay_out import lay_out
 from deltaspec.linalg.gram_sum import GramSum
 from deltaspec.options import AnalyzeOptions, CalibrateOptions
 from deltaspec.pairing.homes import find_homes
@@ -47,7 +48,9 @@ def find_layers(model: Any, checkpoint: Checkpoint, options: CalibrateOptions) -
     """
     from transformers.pytorch_utils import Conv1D
 
-    homes = find_homes(checkpoint, [name for name, _ in model.named_parameters(remove_duplicate=False)], Plan())
+    homes = find_homes(
+        lay_out(checkpoint), [name for name, _ in model.named_parameters(remove_duplicate=False)], Plan()
+    )
     stored = {
         running: home[0][0] for running, home in homes.items() if home[0][1].expert is None and home[0][1].parts == 1
     }

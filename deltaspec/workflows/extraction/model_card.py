@@ -41,6 +41,8 @@ def render_card(report: AdapterReport, *, cut_off: Sequence[str] = ()) -> str:
             "",
             *_advise_loading(report, cut_off),
             *_advise_rounding(report),
+            f"Whether every factor changes the module that it names when PEFT loads it: {_cell(report['attachment'])}.",
+            "",
             *_list_left(report),
             "`deltaspec.json` has every matrix with its rank and error.",
             "",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import DTYPES
-from deltaspec.io.peft_layout import lay_out
+from deltaspec.io.lay_out import lay_out
+from deltaspec.io.peft_layout import Layout
 from deltaspec.io.peft_targets import make_targets
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
@@ -23,7 +24,7 @@ from deltaspec.workflows.extraction.nouns import Sources
 from deltaspec.workflows.shared.vector_changes import change_of
 
 GROWN = "its vocabulary grew: --extras all stores it whole"
-NO_BIASES = "PEFT has no biases beside factors of an embedding: --extras all stores it whole"
+NO_BIASES = "PEFT has no biases beside factors of an embedding or a bare parameter: --extras all stores it whole"
 
 
 def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -> Sources:
@@ -38,10 +39,14 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
     if isinstance(first, AdapterIndex):
         message = f"The base {first.ref} is an adapter: pass its base model, or use deltaspec combine for two adapters."
         raise PairingError(message)
-    modules, left = group_modules(plan, first, split_fused=options.form.split_fused)
+    grouped, left = group_modules(plan, first, split_fused=options.form.split_fused)
+    layout = lay_out(first)
+    modules = [_as_run(module, layout) for module in grouped]
     with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
-    reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form, with_biases=with_biases))}
-    refused = _refused_by_peft([m for m in modules if m.name not in reasons], first, target=options.form.target)
+    reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form))}
+    if with_biases:
+        reasons |= {m.name: NO_BIASES for m in modules if m.name not in reasons and _blocks_biases(m, layout)}
+    refused = _refused_by_peft([m for m in modules if m.name not in reasons], layout, target=options.form.target)
     left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
     kept = tuple(module for module in modules if module.name not in left)
     if not kept:
@@ -59,7 +64,22 @@ def _biases_changed(modules: Sequence[ModulePair], plan: Plan) -> bool:
     return any(bool(change_of(vector).any()) for vector in plan.vectors if vector.key.tensor in names)
 
 
-def _why_not(module: ModulePair, form: FormOptions, *, with_biases: bool) -> str:
+def _as_run(module: ModulePair, layout: Layout) -> ModulePair:
+    """Take a table of vectors for an embedding, or not, as the running model does."""
+    kind = layout.kind(_row(module), layout.place(module.path)[0].name)
+    both = {kind, module.kind} == {"embedding", "linear"}
+    return replace(module, kind=kind) if both else module
+
+
+def _blocks_biases(module: ModulePair, layout: Layout) -> bool:
+    """Tell whether PEFT could hold no biases at all if this module had factors, and it can be stored whole instead."""
+    if module.kind == "embedding":
+        return True
+    name = layout.place(module.path)[0].name
+    return module.kind == "linear" and bool(layout.checked) and layout.needs_parameter(_row(module), name)
+
+
+def _why_not(module: ModulePair, form: FormOptions) -> str:
     """Say why the options keep factors from a module; "" if they do not."""
     key = module.pairs[0].key
     in_blocks = module.kind in ("linear", "conv1d") and key.role in IN_BLOCKS and key.depth is not None
@@ -67,16 +87,18 @@ def _why_not(module: ModulePair, form: FormOptions, *, with_biases: bool) -> str
         return f"{form.target} takes factors of the blocks' linear layers only"
     if form.extras == "all" and grown_rows(module.pairs[0]):
         return GROWN
-    return NO_BIASES if with_biases and module.kind == "embedding" else ""
+    return ""
 
 
-def _refused_by_peft(modules: Sequence[ModulePair], base: Checkpoint, *, target: str) -> dict[str, str]:
+def _row(module: ModulePair) -> AdapterModule:
+    """Return a module as it would be written, without its factors."""
+    form = module.path, module.kind, module.shape
+    return AdapterModule(*form, 1, _unread, module.kernel, module.experts, transposed=module.transposed)
+
+
+def _refused_by_peft(modules: Sequence[ModulePair], layout: Layout, *, target: str) -> dict[str, str]:
     """Return the paths whose factors PEFT cannot hold, or only as parameters where the target is another."""
-    rows = [
-        AdapterModule(m.path, m.kind, m.shape, 1, _unread, m.kernel, m.experts, transposed=m.transposed)
-        for m in modules
-    ]
-    targets, refused = make_targets(rows, lay_out(base))
+    targets, refused = make_targets([_row(module) for module in modules], layout)
     if target != "peft":
         reason = f"{target} takes factors of plain linear layers only, and running models stack these experts"
         refused |= {source: reason for found in targets if found.parameter for source in found.sources}

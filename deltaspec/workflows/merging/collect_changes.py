@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaspec.errors import PairingError
+from deltaspec.io.attachment import find_unattached
 from deltaspec.io.content import same_content
+from deltaspec.io.lay_out import lay_out
 from deltaspec.io.matrix import read_tensor
+from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
 from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty, refuse_shapes
@@ -50,20 +53,33 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     PairingError
         If an adapter belongs to another base, or two of them replace one tensor by different values.
     """
-    changes = TensorChanges()
+    changes, layout = TensorChanges(), lay_out(base)
     for adapter, weight in adapters:
         plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
         refuse_shapes(plan.heads, vocabulary=False)
+        _check_attachment(changes, adapter, layout)
         _add(changes, _Added(adapter, weight, plan), base)
     settle_ties(changes, base)
     return changes
 
 
+def _check_attachment(changes: TensorChanges, adapter: AdapterIndex, layout: Layout) -> None:
+    """Refuse factors that do nothing while the adapter runs, and note those of which that is not certain."""
+    for path, reason in find_unattached(adapter, layout).items():
+        if path in adapter.modules and layout.is_idle(path):
+            message = (
+                f"Cannot merge {adapter.ref}: its factors of '{path}' do nothing while PEFT runs it ({reason}), and a "
+                "merged weight would; take them out of the adapter, and of its target_modules."
+            )
+            raise PairingError(message)
+        changes.note(f"PEFT would not run the adapter's '{path}' as it is merged: {reason}")
+
+
 def _add(changes: TensorChanges, added: _Added, base: Checkpoint) -> None:
     """Add one adapter: its factors and whole tensors, its biases, its notes, and what the base lacks."""
     plan, adapter = added.plan, added.adapter
-    for pair in plan.pairs:
+    for pair in (*plan.pairs, *plan.twins):
         _add_pair(changes, pair, added)
     for vector in plan.vectors:
         _add_vector(changes, vector, added)

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
+from deltaspec.architecture.outline.build import build_on_meta, quiet_transformers
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.files.json_file import read_json
 from deltaspec.io import hub
@@ -17,7 +16,7 @@ from deltaspec.io.open import SUFFIXES
 from deltaspec.options.training import TASKS
 from deltaspec.training.sites.model_sites import base_parameters
 from deltaspec.types import Checkpoint
-from deltaspec.workflows.shared.running_models import ModelKind, describe_model, quiet_transformers
+from deltaspec.workflows.shared.running_models import ModelKind, describe_model
 
 MAPPINGS = {
     "classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -122,19 +121,6 @@ def _check_task(task: str, labels: int) -> None:
         raise OptionError(message)
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out initialisations: on the meta device they draw nothing, and cost two thirds of making a model."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Return the tensor as it is from torch.nn.init, and call all else."""
-        given = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
-
-
 def build_skeleton(kind: ModelKind) -> nn.Module:
     """Make a model without values: every parameter on the meta device, in float32.
 
@@ -145,9 +131,7 @@ def build_skeleton(kind: ModelKind) -> nn.Module:
     """
     with quiet_transformers():
         try:
-            kind.config._attn_implementation = "eager"  # nothing runs, so no kernel need be installed
-            with torch.device("meta"), _NoInitialValues():
-                model: nn.Module = kind.cls(kind.config)
+            model = build_on_meta(kind.cls, kind.config)
         except Exception as cause:  # every model raises its own
             said = " ".join(str(cause).split())[:300] or type(cause).__name__
             message = f"Cannot build {kind.cls.__name__} from its config ({said}): check that config.json is whole."

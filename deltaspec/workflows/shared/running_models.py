@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltaspec.errors import CheckpointError, NumericalError, require
+from deltaspec.architecture.outline.build import quiet_transformers
+from deltaspec.errors import CheckpointError, NumericalError
 from deltaspec.files.dtypes import DTYPES, OPTIONS
 from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint
@@ -39,22 +39,6 @@ class ModelKind:
     def headless(self) -> bool:
         """Whether it returns hidden states alone."""
         return self.cls is self.body
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[Any]:
-    """Give the transformers package, its log and progress bars silent meanwhile."""
-    transformers = require("transformers", extra="train")
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield transformers
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def refuse_model(checkpoint: Checkpoint, what: str, cause: Exception) -> CheckpointError:

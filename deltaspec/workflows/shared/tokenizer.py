@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltaspec.architecture.outline.build import quiet_transformers
 from deltaspec.errors import CheckpointError
 from deltaspec.types import Checkpoint
-from deltaspec.workflows.shared.running_models import quiet_transformers, refuse_model
+from deltaspec.workflows.shared.running_models import refuse_model
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

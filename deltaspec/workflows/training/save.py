@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltaspec.architecture.outline.build import quiet_transformers
 from deltaspec.files.atomic import whole_file
 from deltaspec.training.data.examples import padding
 from deltaspec.training.several.switching import merge_module
 from deltaspec.training.sites.adapted import Adapted
 from deltaspec.training.sites.model_sites import base_buffers, base_parameters
 from deltaspec.workflows.shared.meta_models import build_skeleton, describe_skeleton
-from deltaspec.workflows.shared.running_models import quiet_transformers
 from deltaspec.workflows.training.plan import TrainingPlan
 from deltaspec.workflows.training.prepare_model import PreparedModel
 from deltaspec.workflows.training.saved_adapters import save_adapter

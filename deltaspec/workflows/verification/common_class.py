@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from deltaspec.architecture.outline.build import quiet_transformers
 from deltaspec.errors import PairingError
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.tied import HEAD_NAMES
 from deltaspec.types import Checkpoint
-from deltaspec.workflows.shared.running_models import ModelKind, describe_model, quiet_transformers
+from deltaspec.workflows.shared.running_models import ModelKind, describe_model
 from deltaspec.workflows.verification.output_distance import TEMPERATURE
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
+from deltaspec.io.lay_out import lay_out
 from deltaspec.io.open import open_plain
-from deltaspec.io.peft_layout import Layout, lay_out
+from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.plan import Plan, refuse_shapes

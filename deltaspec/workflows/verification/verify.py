@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deltaspec.architecture.peft_names import list_unloaded
 from deltaspec.engine.local import resolve_devices
 from deltaspec.engine.local import run as run_engine
+from deltaspec.io.attachment import find_unattached
 from deltaspec.options import AnalyzeOptions
 from deltaspec.types import OneSidedBlocks, Step
 from deltaspec.workflows.shared.workers import Headway, Workers
@@ -43,6 +44,10 @@ class Verification:
         What it claims and is not there.
     claims : bool
         Whether there was a ``deltaspec.json`` that speaks of this fine-tune.
+    unattached : tuple of str
+        Factors and whole tensors that would not change what they name once PEFT loads the adapter, each with why.
+    attachment : str
+        Whether that is known, and by what.
     one_sided : list of OneSidedBlocks
         Blocks that only the base or only the fine-tune has, of which nothing was checked.
     """
@@ -53,6 +58,8 @@ class Verification:
     worse: tuple[str, ...]
     missing: tuple[str, ...]
     claims: bool
+    unattached: tuple[str, ...] = ()
+    attachment: str = ""
     one_sided: list[OneSidedBlocks] = field(default_factory=list)
 
 
@@ -88,6 +95,7 @@ def verify(
     workers = Workers(resolve_devices(options.device, options.workers), options.memory, progress)
     rows = _recompute(matched.checks, workers)
     rest, absent = check_beside(trio)
+    idle = tuple(f"'{name}' ({why})" for name, why in find_unattached(trio.adapter, trio.layout).items())
     worse, missing = list(matched.homeless), list(matched.missing)
     if trio.claims:
         untrue, lacking = check_tied(trio, trio.claims)
@@ -95,9 +103,9 @@ def verify(
         worse += [row.tensor for row in rest if not row.right]
         missing += lacking + absent + list_unloaded(trio.adapter)
     if wrapped := trio.adapter.wrapped:
-        missing.append(f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}'), which PEFT attaches nowhere")
-    found = tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing)
-    return Verification(*found, claims=trio.claims is not None, one_sided=trio.changed.one_sided)
+        idle = (*idle, f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}')")
+    found = Verification(tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), trio.claims is not None)
+    return replace(found, unattached=idle, attachment=trio.layout.attachment, one_sided=trio.changed.one_sided)
 
 
 def _recompute(checks: Sequence[Check], workers: Workers) -> list[CheckedMatrix]:

@@ -358,20 +358,31 @@ def test_an_embedding_that_bart_shares_is_replaced_once(tmp_path):
     assert not any("is added" in note for note in report.notes)
 
 
-def test_tied_weights_change_once(tmp_path):
-    """One matrix where the base stores one; two that stay equal where it stores both."""
+def test_of_two_tied_modules_each_changes_by_its_own_factors(tmp_path):
+    """PEFT adds them where the module is called: a head alone parts from its embedding, both alike stay one."""
     state, base = tied(tmp_path)
-    change = adapter(tmp_path / "lora", {"lm_head": factors(*state[EMBED].shape)})
-    merge(base, [change], tmp_path / "out")
+    settings = {**LLAMA.config, "tie_word_embeddings": True}
+    twice = write(tmp_path / "twice", {**state, HEAD: state[EMBED].clone()}, settings)
+    alike = factors(*state[EMBED].shape)
+    change = adapter(tmp_path / "lora", {"lm_head": alike})
     wanted = summed(state[EMBED], product(change, "lm_head"))
-    assert np.array_equal(checkpoint(tmp_path / "out")[EMBED].numpy(), wanted)
-    twice = write(
-        tmp_path / "twice", {**state, HEAD: state[EMBED].clone()}, {**LLAMA.config, "tie_word_embeddings": True}
-    )
-    merge(twice, [change], tmp_path / "both")
-    found = checkpoint(tmp_path / "both")
-    assert np.array_equal(found[HEAD].numpy(), wanted)
-    assert np.array_equal(found[EMBED].numpy(), wanted)
+    for number, source in enumerate((base, twice)):
+        merge(source, [change], tmp_path / f"head-{number}")
+        found = checkpoint(tmp_path / f"head-{number}")
+        assert np.array_equal(found[HEAD].numpy(), wanted)
+        assert torch.equal(found[EMBED], state[EMBED])
+        assert json.loads((tmp_path / f"head-{number}" / "config.json").read_text())["tie_word_embeddings"] is False
+    copy = tuple(factor.clone() for factor in alike)
+    both = adapter(tmp_path / "both", {"lm_head": alike, EMBED.removesuffix(".weight"): copy})
+    merge(base, [both], tmp_path / "one")
+    merged = checkpoint(tmp_path / "one")
+    assert HEAD not in merged
+    assert np.array_equal(merged[EMBED].numpy(), wanted)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["tie_word_embeddings"] is True
+    merge(twice, [both], tmp_path / "two")
+    merged = checkpoint(tmp_path / "two")
+    assert np.array_equal(merged[EMBED].numpy(), wanted)
+    assert np.array_equal(merged[HEAD].numpy(), wanted)
     apart = write(
         tmp_path / "apart", {**state, HEAD: state[EMBED].clone()}, {**LLAMA.config, "tie_word_embeddings": False}
     )

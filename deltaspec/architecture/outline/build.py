@@ -1,0 +1,150 @@
+"""A config → the model that a library makes of it, on the meta device; code that comes with a model never runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from deltaspec.errors import MissingPackageError, require
+from deltaspec.types import Config
+
+LARGEST = 4096  # layers or experts that a config may ask for: each is a module, and a config is untrusted
+
+
+class UnknownModelError(Exception):
+    """No library that is installed makes a model of this config; the message says why, as half a sentence."""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """Give the transformers package, its log and progress bars silent meanwhile."""
+    transformers = require("transformers", extra="train")
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out initialisations: on the meta device they draw nothing, and cost two thirds of making a model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the tensor as it is from torch.nn.init, and call all else."""
+        given = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+def build_on_meta(cls: Any, config: Any) -> nn.Module:
+    """Make a model without values: every parameter on the meta device, in float32; raises what the class raises."""
+    config._attn_implementation = "eager"  # nothing runs, so no kernel need be installed
+    with torch.device("meta"), _NoInitialValues():
+        model: nn.Module = cls(config)
+    return model
+
+
+def build_model(config: Config) -> tuple[nn.Module, str]:
+    """Make the model that config.json describes.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of config.json.
+
+    Returns
+    -------
+    model : Module
+        On the meta device.
+    source : str
+        The library, its version and the class.
+
+    Raises
+    ------
+    UnknownModelError
+        If no library is installed that knows it.
+    """
+    _refuse_giants(config)
+    try:
+        if isinstance(config.get("model_type"), str):
+            return _build_transformers(dict(config))
+        if isinstance(config.get("_class_name"), str):
+            return _build_diffusers(dict(config))
+    except UnknownModelError:
+        raise
+    except Exception as cause:  # every model raises its own
+        said = " ".join(str(cause).split())[:200] or type(cause).__name__
+        message = f"its config makes no model: {said}"
+        raise UnknownModelError(message) from cause
+    message = "config.json says no model_type" if config else "there is no config.json beside the base"
+    raise UnknownModelError(message)
+
+
+def _refuse_giants(config: Config) -> None:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _refuse_giants(value)
+        counts = any(word in name for word in ("layer", "expert", "depth", "block", "stage"))
+        if counts and type(value) is int and value > LARGEST and not name.endswith(("_size", "_id")):
+            message = f"its config asks for {value} as {name}"
+            raise UnknownModelError(message)
+
+
+def _build_transformers(config: Config) -> tuple[nn.Module, str]:
+    try:
+        with quiet_transformers() as transformers:
+            version = f"transformers {transformers.__version__}"
+            known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+            if config["model_type"] not in known:
+                message = f"{version} does not know model_type '{config['model_type']}'"
+                raise UnknownModelError(message)
+            made = known[config["model_type"]].from_dict(config)
+            if hasattr(made, "quantization_config"):
+                del made.quantization_config  # names and shapes are those of the weights that it stands for
+            cls = _choose_class(transformers, made)
+            model: Any = build_on_meta(cls, made)
+            model.tie_weights()
+    except MissingPackageError as cause:
+        message = "transformers is not installed"
+        raise UnknownModelError(message) from cause
+    return model, f"{version} {cls.__name__}"
+
+
+def _choose_class(transformers: Any, config: Any) -> Any:
+    """Return the class that config.json names, or else the body of its type."""
+    bodies = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES
+    body = bodies.get(config.model_type, "")
+    name = (getattr(config, "architectures", None) or [""])[0] or (body if isinstance(body, str) else body[0])
+    cls = getattr(transformers, str(name), None)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        message = f"transformers {transformers.__version__} has no class '{name or config.model_type}'"
+        raise UnknownModelError(message)
+    return cls
+
+
+def _build_diffusers(config: Config) -> tuple[nn.Module, str]:
+    try:
+        diffusers = require("diffusers", extra="train")
+    except MissingPackageError as cause:
+        message = "diffusers is not installed"
+        raise UnknownModelError(message) from cause
+    cls: Any = getattr(diffusers, config["_class_name"], None)
+    if not isinstance(cls, type) or not issubclass(cls, diffusers.ModelMixin):
+        message = f"diffusers {diffusers.__version__} has no model class '{config['_class_name']}'"
+        raise UnknownModelError(message)
+    with torch.device("meta"), _NoInitialValues():
+        model = cls.from_config(config)  # type: ignore[attr-defined]  # of every ModelMixin
+    return model, f"diffusers {diffusers.__version__} {cls.__name__}"

@@ -1,0 +1,63 @@
+"""A config → the outline of its model, made once; or the reason why there is none."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from functools import lru_cache
+
+from torch import nn
+
+from deltaspec.architecture.outline.build import UnknownModelError, build_model
+from deltaspec.architecture.outline.conversions import Conversions
+from deltaspec.architecture.outline.holders import describe_holders
+from deltaspec.architecture.outline.reads import find_uses
+from deltaspec.types import Config, Outline, Place
+
+
+def find_outline(config: Config) -> Outline | str:
+    """Outline the model that transformers or diffusers makes of a config.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of config.json.
+
+    Returns
+    -------
+    Outline or str
+        The latter says, as half a sentence, why no library tells.
+    """
+    try:
+        key = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return "its config holds what is no JSON"
+    return _find(key)
+
+
+@lru_cache(maxsize=16)
+def _find(key: str) -> Outline | str:
+    try:
+        model, source = build_model(json.loads(key))
+    except UnknownModelError as cause:
+        return str(cause)
+    return outline_of(model, source)
+
+
+def outline_of(model: nn.Module, source: str) -> Outline:
+    """Describe a model that is made already, on whatever device."""
+    uses = find_uses(model)
+    same: defaultdict[int, set[str]] = defaultdict(set)
+    shapes = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same[id(parameter)].add(name)
+        shapes[name] = tuple(parameter.shape)
+    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    ties = tuple(frozenset(names) for names in same.values() if len(names) > 1)
+    tied = {name.rpartition(".")[0] for names in ties for name in names}
+    unread = frozenset(path for path in tied - uses.named if isinstance(model.get_submodule(path), nn.Embedding))
+    holders = describe_holders(model, uses)
+    if not source.startswith("transformers"):
+        return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, bool)
+    conversions = Conversions(model)
+    return Outline(source, shapes, holders, ties, unread, conversions.place, conversions.keeps)

@@ -1,0 +1,94 @@
+"""The model that a library makes of a checkpoint: its parameters, its modules, and what of them adapters can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from deltaspec.types.stored import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one stored tensor lies in the running model: a parameter's full name.
+
+    With ``expert`` it is block ``part`` of the ``parts`` equal blocks of rows of that expert of a stack. Without, and
+    ``parts`` > 1, the parameter holds block ``part`` of the stored rows. ``moved`` names what the library does to the
+    tensor on loading where it is anything else: then the two do not hold the same rows.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+    moved: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A module that holds parameters.
+
+    Attributes
+    ----------
+    name : str
+        Its class.
+    kind : str
+        linear, conv1d (GPT-2's, stored (d_in, d_out)), conv, embedding, or other.
+    wrapped : bool
+        Whether PEFT has a wrapper that computes as this class does; where not, it reaches the parameter alone
+        (target_parameters), and of a kernel nothing.
+    refusal : str
+        Why factors would not act as a change of its weight does, whichever way PEFT holds them; "" where they do.
+    idle : bool
+        Whether they would do nothing at all, for nothing calls the module.
+    typed : bool
+        Whether the model's code asks for its class, so that nothing may stand around it.
+    turned : bool
+        Whether PEFT takes its stacks (experts, d_in, d_out) for what they are.
+    """
+
+    name: str
+    kind: str
+    wrapped: bool = True
+    refusal: str = ""
+    idle: bool = False
+    typed: bool = False
+    turned: bool = False
+
+
+Placer = Callable[[Iterable[str]], Mapping[str, tuple[Place, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A running model without its weights.
+
+    Attributes
+    ----------
+    source : str
+        Which library's class, for reports.
+    shapes : mapping
+        Every parameter and buffer by its full name.
+    holders : mapping
+        Module path → what it is.
+    ties : tuple of frozenset
+        Parameters that are one tensor.
+    unread : frozenset of str
+        Modules that no other module calls, though they hold a tied weight.
+    place : callable
+        Stored names → where the library puts them on loading.
+    keeps : callable
+        Tells whether PEFT, which renames an adapter's keys as the library renames tensors, leaves a module's path.
+    """
+
+    source: str
+    shapes: Mapping[str, Shape]
+    holders: Mapping[str, Holder]
+    ties: tuple[frozenset[str], ...]
+    unread: frozenset[str]
+    place: Placer
+    keeps: Callable[[str], bool]
+
+    def tied_with(self, name: str) -> frozenset[str]:
+        """Return the parameters that are one tensor with this one, itself among them."""
+        return next((group for group in self.ties if name in group), frozenset({name}))
