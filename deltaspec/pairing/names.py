@@ -50,6 +50,14 @@ def block_of(name: str) -> str:
     return ".".join(pieces[: first + 1])
 
 
+class _Tie(PairingError):
+    """Two changes of prefix that contradict each other; ``pairs`` is how many names either would pair in all."""
+
+    def __init__(self, message: str, pairs: int) -> None:
+        super().__init__(message)
+        self.pairs = pairs
+
+
 @dataclass(frozen=True, slots=True)
 class _Change:
     """A change of prefix, the names that it pairs, and how many of these have other shapes."""
@@ -126,17 +134,17 @@ def align_best(ways: Sequence[tuple[Names, Names]]) -> tuple[int, dict[str, str]
     Raises
     ------
     PairingError
-        If names are tied in one way, and no other pairs all of the tuned side.
+        If names are tied in one way, and no other pairs as many.
     """
     found: list[tuple[int, dict[str, str], str]] = []
-    tie: PairingError | None = None
+    ties: list[_Tie] = []
     for number, (base, tuned) in enumerate(ways):
         try:
             found.append((number, *align_names(base, tuned)))
-        except PairingError as cause:
-            tie = tie or cause
+        except _Tie as cause:
+            ties.append(cause)
     best = max(found, key=lambda row: len(row[1]), default=(0, {}, ""))
-    if tie and len(best[1]) < len(_with_shapes(ways[best[0]][1])):
+    if tie := next((tie for tie in ties if tie.pairs > len(best[1])), None):
         raise tie
     return best
 
@@ -166,7 +174,7 @@ def _choose(left: Shapes, right: Shapes, before: Sequence[_Change]) -> _Change |
     best = max(change.score for change in changes)
     first, *others = sorted((c for c in changes if c.score == best), key=lambda c: (len(c.old + c.new), c.old, c.new))
     if rival := next((other for other in others if other.contradicts(first)), None):
-        raise _tie(first, rival)
+        raise _tie(first, rival, sum(len(change.pairs) for change in before))
     return first
 
 
@@ -214,7 +222,7 @@ def _paired_alike(prefix: str, before: Sequence[tuple[str, Iterable[str]]]) -> i
     return sum(name.startswith(prefix) for names in told for name in names)
 
 
-def _tie(first: _Change, second: _Change) -> PairingError:
+def _tie(first: _Change, second: _Change, paired: int) -> _Tie:
     back = {found: name for name, found in second.pairs.items()}
     shared = sorted((found for found in first.pairs.values() if found in back), key=natural_order)
     if shared:
@@ -231,7 +239,7 @@ def _tie(first: _Change, second: _Change) -> PairingError:
         f"Cannot tell what '{name}'{more} of the {sides[0]} is in the {sides[1]}: '{candidates[0]}' and "
         f"'{candidates[1]}' fit equally well; decide with {ways}."
     )
-    return PairingError(message)
+    return _Tie(message, paired + len(first.pairs))
 
 
 def _describe(old: str, new: str) -> str:

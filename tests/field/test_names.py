@@ -19,7 +19,7 @@ import deltaspec
 from deltaspec.architecture.canonical_names import canonical_names
 from deltaspec.cli.main import cli
 from deltaspec.errors import CheckpointError, OptionError, PairingError
-from deltaspec.pairing.names import align_names
+from deltaspec.pairing.names import align_best, align_names
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.merging.merge import merge
 from tests import tiny_models
@@ -159,6 +159,17 @@ def test_a_tied_head_and_a_new_one_stay_under_the_wrappers_of_the_base(wrapper, 
     with safe_open(file, "pt") as opened:
         assert opened.metadata()[f"{wrapper}lm_head.weight"] == f"{wrapper}model.embed_tokens.weight"
     assert not make_plan(tmp_path / "m", tmp_path / "m", OPTIONS)[0].one_sided
+
+
+def test_a_tie_of_one_naming_stops_nothing_that_pairs_more_under_another():
+    layers = [f"layers.{i}.{role}.weight" for i in range(3) for role in "qkv"]
+    plain = [f"model.{n}" for n in layers], [*(f"model.{n}" for n in layers), *(f"tower.{n}" for n in layers[:3])]
+    tied = layers, [f"{tower}.{n}" for tower in ("one", "two") for n in layers]
+    assert align_best([tied, plain])[:2] == (1, {n: n for n in plain[0]})
+    assert align_best([plain, tied])[0] == 0
+    for fewer in (plain[0][:4], plain[1]), (plain[0], plain[1][:4]):
+        with pytest.raises(PairingError, match="fit equally well"):
+            align_best([fewer, tied])
 
 
 def towers(width=(4, 4), depth=(2, 2)):

@@ -116,6 +116,25 @@ def attach_adapter(
     CheckpointError
         If no method of ours reads it, or it does not fit the base.
     """
+    source = _refuse_unfit(base, adapter)
+    stored, model = _read(adapter, maps), base.run() if weights else base.outline()
+    tensors, whole, notes = _fit(stored, model)
+    try:
+        attachment = attach_stored(model, adapter.config, tensors, name=name)
+    except CheckpointError as cause:
+        cause.add_note(f"The adapter is '{adapter.root}'.")
+        raise
+    return Attached(
+        attachment,
+        _own_names(source, [site.key.tensor for site in attachment.sites]),
+        {**identify_source(adapter), "live": True, "method": attachment.method},
+        [*notes, Note(NoteKind.REMARK, f"the adapter is one of {attachment.method}: attached to the running base")],
+        whole,
+    )
+
+
+def _refuse_unfit(base: Base, adapter: ForeignAdapter) -> Checkpoint:
+    """Return the base as a checkpoint, where the adapter is of a method of ours that changes weights, and is there."""
     method = name_method(adapter.config)
     if method is None:
         raise CheckpointError(adapter.refusal)
@@ -127,20 +146,7 @@ def attach_adapter(
         raise PairingError(message)
     if not adapter.files:
         raise CheckpointError(adapter.refusal)
-    stored, model = _read(adapter, maps), base.run() if weights else base.outline()
-    tensors, whole, notes = _fit(stored, model)
-    try:
-        attachment = attach_stored(model, adapter.config, tensors, name=name)
-    except CheckpointError as cause:
-        cause.add_note(f"The adapter is '{adapter.root}'.")
-        raise
-    return Attached(
-        attachment,
-        _own_names(base.source, [site.key.tensor for site in attachment.sites]),
-        {**identify_source(adapter), "live": True, "method": attachment.method},
-        [*notes, Note(NoteKind.REMARK, f"the adapter is one of {method}: attached to the running base")],
-        whole,
-    )
+    return base.source
 
 
 def _read(adapter: ForeignAdapter, maps: Sequence[str]) -> dict[str, Tensor]:
