@@ -105,7 +105,7 @@ def open_matrix(source: MatrixSource) -> StoredMatrix:
 def read_low_rank(source: LowRankSource) -> LowRankDelta:
     """Read the factors of Σ scaling·B·A as one pair, side by side along r, scaling folded into lora_B.
 
-    Of a stack of experts the view's expert is read; a transposed view says that its product is stored (d_in, d_out).
+    Of a stack the view's expert is read; a transposed view says that PEFT takes its inputs for outputs.
 
     Returns
     -------
@@ -125,7 +125,7 @@ def read_low_rank(source: LowRankSource) -> LowRankDelta:
         if term.experts:
             lora_A, lora_B = _unfold(lora_A, lora_B, term, source.view)
         lora_A, lora_B = lora_A.to(torch.float64), lora_B.to(torch.float64)  # of a stack, one expert's alone
-        if term.embedding or (term.experts and source.view.transposed):
+        if term.embedding or source.view.transposed:
             lora_A, lora_B = lora_B.mT, lora_A.mT
         try:
             lora_B = source.view.take(lora_B)

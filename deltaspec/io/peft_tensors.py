@@ -41,8 +41,8 @@ def list_factors(targets: Sequence[Target], dtype: str, *, bias: bool) -> list[E
         for side, shape in enumerate(_shapes(target)):
             entries.append(Entry(f"{path}.{names[side]}", shape, dtype, partial(_read, target, side, shape, dtype)))
         if bias:
-            read = partial(_read_bias, module, dtype)
-            entries.append(Entry(f"{path}.lora_B.bias", (module.shape[0],), dtype, read))
+            rows = module.shape[1 if target.swapped else 0]
+            entries.append(Entry(f"{path}.lora_B.bias", (rows,), dtype, partial(_read_bias, module, rows, dtype)))
     return entries
 
 
@@ -77,8 +77,8 @@ def _read(target: Target, side: int, shape: Shape, dtype: str) -> Tensor:
     return folded.reshape(shape).to(DTYPES[dtype].torch).contiguous()
 
 
-def _read_bias(module: AdapterModule, dtype: str) -> Tensor:
-    change = module.read_bias() if module.read_bias else torch.zeros(module.shape[0])
+def _read_bias(module: AdapterModule, rows: int, dtype: str) -> Tensor:
+    change = module.read_bias() if module.read_bias else torch.zeros(rows)
     return change.to(DTYPES[dtype].torch).contiguous()
 
 

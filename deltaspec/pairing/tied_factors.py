@@ -37,8 +37,9 @@ def pair_tied(plan: Plan, layout: Layout, tuned: AdapterIndex, homes: Homes, kno
     PairingError
         If a module shares nothing.
     """
-    for path in sorted(tuned.modules.keys() - homes.keys(), key=natural_order):
-        term, name = tuned.modules[path], weight_of(path)
+    terms = tuned.modules  # tables of vectors first: the weight's own change is theirs
+    for path in sorted(terms.keys() - homes.keys(), key=lambda path: (not terms[path].embedding, natural_order(path))):
+        term, name = terms[path], weight_of(path)
         stored = _shared(layout, name, factor_shape(term), known)
         if stored is None:
             raise _lacks(layout, tuned, name)

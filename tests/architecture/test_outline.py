@@ -33,6 +33,7 @@ class Inner(nn.Module):
         self.called, self.read, self.both = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
         self.strided, self.asked = nn.Conv1d(4, 4, 3, stride=2), nn.ModuleList([nn.Conv1d(4, 4, 3), nn.ReLU()])
         self.seen, self.looped, self.aliased = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4)
+        self.guarded, self.unknown, self.splits = nn.Linear(4, 4), nn.Linear(4, 4), 1
         self.odd, self.grouped = Scaled(4, 4), nn.Conv1d(4, 4, 3, groups=2)
 
     def forward(self, x):
@@ -47,6 +48,9 @@ class Inner(nn.Module):
             x = self.seen(x)
         for number, layer in enumerate(self.looped):
             x = layer(x) + layer.weight[number]
+        if self.splits > 1 and x.any():
+            x = x @ self.guarded.weight
+        x = self.guarded(x) if not self.splits else x @ self.unknown.weight if x.any() else self.unknown(x)
         alias = self.aliased
         return self.grouped(self.odd(x)) + alias.weight
 
@@ -88,6 +92,8 @@ def outline() -> Outline:
         ("seen", "", False),
         ("looped.0", READ, False),
         ("aliased", READ, False),
+        ("guarded", "", False),
+        ("unknown", READ, False),
         ("odd", "", False),
         ("grouped", "", False),
     ],

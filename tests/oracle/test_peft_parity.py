@@ -29,8 +29,8 @@ from tests.oracle.parity import (
 
 pytestmark = QUIET
 UNTOUCHED = {  # what PEFT cannot hold factors for, by the reason that is given
-    "gemma3_multimodal": {"vision_tower.head.attention.out_proj": "MultiheadAttention"},
-    "whisper": {"model.encoder.conv1": "attributes", "model.encoder.conv2": "attributes"},
+    "gemma3_multimodal": {"vision_tower.head.attention.out_proj": "reads this weight itself"},
+    "whisper": dict.fromkeys(("model.encoder.conv1", "model.encoder.conv2"), "reads 'stride' of this module"),
 }
 
 
