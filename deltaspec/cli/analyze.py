@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from deltaspec.cli.flags import Output, flags, take
+from deltaspec.cli.one_sided import stop_if_partial
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import render, render_plan
-from deltaspec.options import AnalyzeOptions
+from deltaspec.options import AnalyzeOptions, PairOptions
 
 
 @click.command()
@@ -22,6 +23,7 @@ from deltaspec.options import AnalyzeOptions
     "-o", "--out", type=click.Path(), help="Run directory; by default one under ./runs. An unfinished run goes on."
 )
 @flags(AnalyzeOptions)
+@flags(PairOptions)
 @click.option("--dry-run", is_flag=True, help="Print what would be compared; read no weights.")
 @flags(Output)
 def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, **given: Any) -> None:
@@ -30,8 +32,9 @@ def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, *
     BASE and TUNED are folders, files, or hub ids (owner/name@revision); TUNED, or both, may be a PEFT adapter. Several
     checkpoints of one training, or its folder, give a run for each step.
 
-    Exit code 1 if a matrix or checkpoint failed, 2 if nothing could be compared.
+    Exit code 1 if a matrix or checkpoint failed, or blocks have no counterpart; 2 if nothing could be compared.
     """
+    given |= {"pairing": take(PairOptions, given)}
     options, output = take(AnalyzeOptions, given), take(Output, given)
     from deltaspec.workflows.analysis.training_steps import is_training
 
@@ -60,3 +63,4 @@ def analyze(base: str, tuned: tuple[str, ...], out: str | None, dry_run: bool, *
     if run.failures:
         click.echo(f"Failed: {len(run.failures)} of the tensors; the others are stored in {run.path}.", err=True)
         sys.exit(1)
+    stop_if_partial(run.one_sided, meant=options.pairing.partial)

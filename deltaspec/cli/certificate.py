@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from deltaspec.architecture.roles import group_rare, order_roles
-from deltaspec.cli.table import printable, table
+from deltaspec.cli.table import printable, table, warn_one_sided
 from deltaspec.store.formats.adapter import AdapterReport, BudgetReport, FactorsRow
 
 SHOWN = 8
@@ -31,11 +31,13 @@ def _render(report: AdapterReport, *, title: bool) -> str:
             "least possible\nat this rank; worst: the largest error."
             + (INPUTS if any("weighted_error" in row for row in report["matrices"]) else "")
         )
+    alone = report.get("one_sided", [])
+    counted = " of what both models hold" if alone else ""
     parts.append(
         f"{totals['parameters']:,} parameters, {report['dtype']}, {totals['bytes'] / 1e6:.2f} MB. All matrices: error "
-        f"{totals['error']:.4f}, best {totals['optimum']:.4f}. Kept of ‖Δ‖²: {100 * totals['kept']:.2f} %."
+        f"{totals['error']:.4f}, best {totals['optimum']:.4f}. Kept of ‖Δ‖²{counted}: {100 * totals['kept']:.2f} %."
     )
-    parts += _remarks(report)
+    parts += warn_one_sided(alone) + _remarks(report)
     return "\n\n".join(parts)
 
 

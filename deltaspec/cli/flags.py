@@ -36,7 +36,8 @@ def flags(kind: type, *names: str, defaults: Mapping[str, Any] | None = None) ->
     Parameters
     ----------
     kind : dataclass
-        Its fields are str, int, float, bool or tuples of str, which the command line takes as one text with commas.
+        Its fields are str, int, float, bool or tuples of str, which the command line takes as one text with commas,
+        or one by one where the flag is repeated.
     *names : str
         Only these fields; without any, all.
     defaults : mapping, optional
@@ -53,13 +54,15 @@ def flags(kind: type, *names: str, defaults: Mapping[str, Any] | None = None) ->
                 spelled = f"{flag}/--no-{flag[2:]}" if default else flag
                 function = click.option(spelled, item.name, is_flag=True, default=default, help=about)(function)
                 continue
-            default = ",".join(default) if isinstance(default, tuple) else default
+            repeated = bool(item.metadata.get("repeated"))
+            default = ",".join(default) if isinstance(default, tuple) and not repeated else default
             function = click.option(
                 flag,
                 item.name,
+                multiple=repeated,
                 type=TYPES.get(str(item.type), str),
                 default=default,
-                show_default=default != "",
+                show_default=default not in ("", ()),
                 metavar=item.metadata["metavar"] or None,
                 help=about,
             )(function)
@@ -85,6 +88,6 @@ def take(kind: type[T], given: dict[str, Any]) -> T:
     """
     values = {item.name: given.pop(item.name) for item in fields(kind) if item.name in given}  # type: ignore[arg-type]
     for item in fields(kind):  # type: ignore[arg-type]
-        if item.name in values and str(item.type).startswith("tuple"):
+        if isinstance(values.get(item.name), str) and str(item.type).startswith("tuple"):
             values[item.name] = tuple(values[item.name].split(","))
     return kind(**values)

@@ -11,7 +11,7 @@ from deltaspec.cli.flags import Writing, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import printable, table
-from deltaspec.options import MergeOptions
+from deltaspec.options import MergeOptions, PairOptions
 
 if TYPE_CHECKING:
     from deltaspec.workflows.merging.report import MergeReport
@@ -25,12 +25,14 @@ unchanged: elements that are what they were."""
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[:WEIGHT]...")
 @click.option("-o", "--out", type=click.Path(), required=True, help="Folder, or .safetensors file, to write.")
 @flags(MergeOptions)
+@flags(PairOptions, "map", "component")
 @flags(Writing)
 def merge(base: str, adapters: tuple[str, ...], out: str, **given: Any) -> None:
     """Add LoRA adapters to BASE, each times its weight (1), and say how much of the update rounding lost.
 
     Exit code 1 if it was stopped (the same command goes on), 2 if nothing could be written.
     """
+    given |= {"pairing": take(PairOptions, given)}
     options, writing = take(MergeOptions, given), take(Writing, given)
     from deltaspec.workflows.merging.merge import merge as run_merge
 

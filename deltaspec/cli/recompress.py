@@ -12,15 +12,16 @@ import click
 from deltaspec.cli.flags import Writing, flags, take
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
-from deltaspec.options import AnalyzeOptions, ExtractOptions
+from deltaspec.options import AnalyzeOptions, ExtractOptions, PairOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def common_options(function: F) -> F:
-    """Add -o, --base, --device, --overwrite, --json and --quiet."""
+    """Add -o, --base, --component, --device, --overwrite, --json and --quiet."""
     function = flags(Writing)(function)
     function = flags(AnalyzeOptions, "device")(function)
+    function = flags(PairOptions, "component")(function)
     function = click.option("--base", metavar="BASE", help="The base model; needed for files in kohya's naming.")(
         function
     )
@@ -29,6 +30,7 @@ def common_options(function: F) -> F:
 
 def recompress(named: Sequence[str], options: ExtractOptions, given: dict[str, Any]) -> None:
     """Run the workflow and print its report."""
+    given |= {"pairing": take(PairOptions, given)}
     options = replace(options, analysis=take(AnalyzeOptions, given))
     writing, base, out = take(Writing, given), given.pop("base"), given.pop("out")
     from deltaspec.cli.certificate import render_reports

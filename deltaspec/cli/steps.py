@@ -8,6 +8,7 @@ import sys
 import click
 
 from deltaspec.cli.flags import Output
+from deltaspec.cli.one_sided import stop_if_partial
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
 from deltaspec.cli.table import render_steps, table
@@ -43,3 +44,5 @@ def analyze_steps(
     if failed:
         click.echo(f"Failed: {failed} of the checkpoints or tensors; the others are stored in {found.path}.", err=True)
         sys.exit(1)
+    longest = max((run.one_sided for run in found.runs), key=len, default=[])
+    stop_if_partial(longest, meant=options.pairing.partial)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from deltaspec.pairing.plan import Plan
     from deltaspec.store.run import Run
     from deltaspec.store.trajectory import Trajectory
+    from deltaspec.types.identity import OneSidedBlocks
 
 HEADS = {
     "relative_norm": "‖ΔW‖/‖W‖",
@@ -68,13 +69,27 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def warn_one_sided(rows: Sequence[OneSidedBlocks]) -> list[str]:
+    """Write one line for each side that has blocks alone."""
+    lines = []
+    for row in rows:
+        own, other = ("base", "tuned model") if row["side"] == "base" else ("tuned model", "base")
+        several = row["blocks"] > 1
+        lines.append(
+            f"Warning: {row['blocks']} block{'s' if several else ''} of the {own} ({printable(row['example'])}"
+            f"{', …' if several else ''}; {100 * row['share']:.3g} % of its parameters) without a counterpart in the "
+            f"{other}: no number here counts {'them' if several else 'it'}."
+        )
+    return lines
+
+
 def render_plan(plan: Plan) -> str:
     """Render what would be compared, and what would not."""
     from deltaspec.workflows.analysis.as_json import plan_rows
 
     left_out = [f"Left out: {note.tensor} ({note})." for note in plan.skipped]
     said = [printable(line) for line in [*left_out, *(f"Note: {note}." for note in plan.notes)]]
-    return "\n".join([table(plan_rows(plan)), *said])
+    return "\n".join([table(plan_rows(plan)), *warn_one_sided(plan.one_sided), *said])
 
 
 def render(run: Run, view: str = "role") -> str:
@@ -91,8 +106,7 @@ def render(run: Run, view: str = "role") -> str:
         parts.append(LEGEND)
     if any(row["rounding"] for row in rows):
         parts.append(ROUNDING)
-    parts += map(printable, _remarks(run))
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *warn_one_sided(run.one_sided), *map(printable, _remarks(run))])
 
 
 STEPS = ("relative_norm", "rank_90", "rank_90_ratio", "effective_rank", "effective_rank_ratio")
@@ -120,7 +134,8 @@ def render_steps(trajectory: Trajectory, view: str = "role") -> str:
     said += [
         f"Unfinished: step {step} has no result yet; run the same command to go on." for step in trajectory.missing
     ]
-    return "\n\n".join([*parts, *map(printable, said)])
+    alone = {line: None for run in trajectory.runs for line in warn_one_sided(run.one_sided)}
+    return "\n\n".join([*parts, *alone, *map(printable, said)])
 
 
 def _describe_vectors(trajectory: Trajectory) -> str:

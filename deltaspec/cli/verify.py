@@ -15,10 +15,12 @@ import click
 
 from deltaspec.architecture.roles import group_rare
 from deltaspec.cli.flags import Output, flags, take
+from deltaspec.cli.one_sided import stop_if_partial
 from deltaspec.cli.progress import Progress
 from deltaspec.cli.stop import stoppable
-from deltaspec.cli.table import printable, table
-from deltaspec.options import AnalyzeOptions, TextOptions
+from deltaspec.cli.table import printable, table, warn_one_sided
+from deltaspec.errors import OptionError
+from deltaspec.options import AnalyzeOptions, PairOptions, TextOptions
 
 if TYPE_CHECKING:
     from deltaspec.workflows.verification.recompute_matrix import CheckedMatrix
@@ -32,13 +34,19 @@ if TYPE_CHECKING:
 @click.option("--text", type=click.Path(), help="Also run the three models on this text and compare what they say.")
 @flags(TextOptions, "field", "tokens", defaults={"tokens": 8192})
 @flags(AnalyzeOptions, "vocab", "device", "workers")
+@flags(PairOptions)
 @flags(Output)
 def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) -> None:
     """Read ADAPTER back and recompute its error against the change from BASE to TUNED.
 
-    Exit code 1 if it is worse than its deltaspec.json claims, or than none; 2 if it cannot be checked.
+    Exit code 1 if it is worse than its deltaspec.json claims, or than none, or blocks have no counterpart; 2 if it
+    cannot be checked.
     """
+    given |= {"pairing": take(PairOptions, given)}
     options, output = take(AnalyzeOptions, given), take(Output, given)
+    if text and options.pairing.identity():
+        message = "--text runs the models, whose names --map and --component do not change: leave it out."
+        raise OptionError(message)
     settings = take(TextOptions, given | {"device": options.device.split(",")[0]})
     from deltaspec.workflows.verification.verify import verify as run_verification
 
@@ -49,6 +57,7 @@ def verify(base: str, tuned: str, adapter: str, text: str | None, **given: Any) 
     click.echo(json.dumps({**asdict(found), "divergence": said}) if output.as_json else _render(found, said))
     if found.worse or found.missing or found.unattached or found.totals.error > 1:
         sys.exit(1)
+    stop_if_partial(found.one_sided, meant=options.pairing.partial)
 
 
 def _divergence(models: tuple[str, str, str], text: str, *, options: TextOptions, quiet: bool) -> dict[str, Any]:
@@ -90,6 +99,7 @@ def _render(found: Verification, said: dict[str, Any] | None) -> str:
         idle = ", ".join(map(printable, found.unattached[:8]))
         further = f" and {len(found.unattached) - 8} more" if len(found.unattached) > 8 else ""
         parts.append(f"Without effect once PEFT loads the adapter: {idle}{further}.")
+    parts += warn_one_sided(found.one_sided)
     if found.rest:
         right = sum(row.right for row in found.rest)
         parts.append(f"Beside the factors: {right} of {len(found.rest)} biases and whole tensors are the fine-tune's.")

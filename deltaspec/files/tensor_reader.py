@@ -80,7 +80,7 @@ def load_tensor(spec: TensorSpec) -> Tensor:
     """
     try:
         with safe_open(spec.file, framework="pt") as stored:
-            tensor: Tensor = stored.get_tensor(spec.name)
+            tensor: Tensor = stored.get_tensor(spec.stored_name)
     except (OSError, ValueError, SafetensorError) as cause:
         message = f"Cannot read '{spec.name}' from '{spec.file}' ({cause}): download the file again."
         raise CheckpointError(message) from cause

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deltaspec.architecture.canonical_names import canonical_names
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file, tensor_reader
 from deltaspec.io import hub, kohya, peft, shards
@@ -138,7 +139,25 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Ope
         )
         raise CheckpointError(message)
     tensors = attach_scales(tensors, config, source=files[0])
-    return Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases)
+    return _without_wrappers(Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases))
+
+
+def _without_wrappers(opened: Checkpoint) -> Checkpoint:
+    """Give tensors the names that the model gives them; files and what is written keep their own."""
+    try:
+        names = canonical_names([*opened.tensors, *opened.aliases])
+    except CheckpointError as cause:
+        cause.add_note(f"The checkpoint is '{opened.ref}'.")
+        raise
+    wrapped = {bare: name for name, bare in names.items() if bare != name}
+    if not wrapped:
+        return opened
+    tensors = {
+        names[name]: replace(spec, name=names[name], wrapped=wrapped.get(names[name], ""))
+        for name, spec in opened.tensors.items()
+    }
+    aliases = {names[alias]: names[name] for alias, name in opened.aliases.items()}
+    return replace(opened, tensors=tensors, aliases=aliases, wrapped=wrapped)
 
 
 def _nothing_readable(folder: Path, names: list[str]) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deltaspec.architecture.canonical_names import canonical_names, is_plain
 from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_parameters
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
@@ -73,7 +74,8 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
 def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, TensorSpec]) -> AdapterIndex:
     """Sort the tensors of plain LoRA, and pair its factors."""
     path = file.with_name(CONFIG)
-    factors, full, biases = _sort(tensors)
+    names = canonical_names(tensors)
+    factors, full, biases = _sort({names[key].removeprefix(PREFIX): spec for key, spec in tensors.items()})
     if not factors and not full:
         message = f"Cannot use '{file}': it holds no LoRA factors; check that the adapter was trained and saved."
         raise CheckpointError(message)
@@ -88,7 +90,9 @@ def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, Tens
         )
         raise CheckpointError(message)
     base = config.get("base_model_name_or_path")
-    return AdapterIndex(ref, file.parent, (file,), modules, full, biases, base if isinstance(base, str) else "", config)
+    named = base if isinstance(base, str) else ""
+    wrapped = tuple(key for key, bare in names.items() if not is_plain(key.removeprefix(PREFIX), bare))
+    return AdapterIndex(ref, file.parent, (file,), modules, full, biases, named, config, wrapped=wrapped)
 
 
 def _refusal(config: dict[str, Any], path: Path) -> str:
@@ -155,17 +159,17 @@ def _name_parameters(
 def _sort(
     tensors: dict[str, TensorSpec],
 ) -> tuple[dict[str, dict[str, TensorSpec]], dict[str, TensorSpec], dict[str, TensorSpec]]:
-    """Sort the tensors into factors by module ("A", "B", "embedding_A", …), whole tensors, and biases by module."""
+    """Sort tensors by canonical name: factors by module ("A", "B", "embedding_A", …), whole tensors, and biases."""
     factors: dict[str, dict[str, TensorSpec]] = {}
     full: dict[str, TensorSpec] = {}
     biases: dict[str, TensorSpec] = {}
-    for key, spec in tensors.items():
-        name = key.removeprefix(PREFIX)
+    for name, spec in tensors.items():
         match = FACTOR.fullmatch(name)
         if match is None:
             if "lora_" in name or "trainable_tokens" in name:
                 message = (
-                    f"Cannot use '{key}' in '{spec.file}': it is no LoRA factor of a known kind; merge the adapter."
+                    f"Cannot use '{spec.name}' in '{spec.file}': it is no LoRA factor of a known kind; merge the "
+                    "adapter."
                 )
                 raise CheckpointError(message)
             full[WHOLE.sub("", name)] = spec

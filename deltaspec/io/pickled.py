@@ -69,7 +69,7 @@ def load_tensor(spec: TensorSpec) -> Tensor:
         If the file has changed since it was listed.
     """
     loaded = _load(spec.file)
-    tensor = loaded.tensors.get(spec.name)
+    tensor = loaded.tensors.get(spec.stored_name)
     if tensor is None:
         message = f"Cannot find '{spec.name}' in '{spec.file}': the file has changed since it was opened; start again."
         raise CheckpointError(message)

@@ -15,6 +15,7 @@ from deltaspec.options.adapters import (
 from deltaspec.options.analyze import AnalyzeOptions
 from deltaspec.options.compare import CompareOptions
 from deltaspec.options.models import CalibrateOptions, TextOptions
+from deltaspec.options.pairing import PairOptions
 from deltaspec.options.recipe import DataSources, Recipe
 from deltaspec.options.training import DataOptions, LoopOptions, RunOptions, TargetOptions
 
@@ -34,6 +35,7 @@ __all__ = [
     "FormOptions",
     "LoopOptions",
     "MergeOptions",
+    "PairOptions",
     "RankOptions",
     "Recipe",
     "RunOptions",

@@ -8,6 +8,7 @@ from typing import Any
 from deltaspec.errors import OptionError
 from deltaspec.options.analyze import AnalyzeOptions
 from deltaspec.options.option import documented, option
+from deltaspec.options.pairing import PairOptions
 
 POLICY_HELP = {
     "rank": "The same number of directions for every matrix.",
@@ -137,7 +138,8 @@ class ExtractOptions:
     def identity(self) -> dict[str, Any]:
         """Return the options that decide each matrix's factors; a killed extraction goes on with the same."""
         ranks = {**asdict(self.ranks), "amounts": [float(amount) for amount in self.ranks.amounts]}
-        return {"ranks": ranks, "form": asdict(self.form), "vocab": self.analysis.vocab}
+        pairing = self.analysis.pairing.identity()
+        return {"ranks": ranks, "form": asdict(self.form), "vocab": self.analysis.vocab, **pairing}
 
 
 @documented
@@ -148,6 +150,7 @@ class MergeOptions:
     dtype: str = option(
         "auto", f"Number format of every float tensor: {', '.join(DTYPES)}. auto: as the base stores each."
     )
+    pairing: PairOptions = field(default_factory=PairOptions)
 
     def __post_init__(self) -> None:
         """Refuse a dtype that there is not."""

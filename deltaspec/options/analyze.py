@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deltaspec.errors import OptionError
 from deltaspec.options.option import documented, option
+from deltaspec.options.pairing import PairOptions
 
 SPECTRA = ("delta", "base", "tuned")
 VOCABULARIES = ("strict", "common")
@@ -51,6 +52,7 @@ class AnalyzeOptions:
         "Memory that matrices in flight may take together; 0: enough for the largest matrix, several times over.",
         metavar="BYTES",
     )
+    pairing: PairOptions = field(default_factory=PairOptions)
 
     def __post_init__(self) -> None:
         """Refuse values that make no sense, each with the option's name."""
@@ -81,6 +83,6 @@ class AnalyzeOptions:
     def identity(self) -> dict[str, Any]:
         """Return the options that decide what a run holds; a run is resumed only when these are the same."""
         fields = asdict(self)
-        for name in ("workers", "memory"):
+        for name in ("workers", "memory", "pairing"):
             del fields[name]
-        return {**fields, "spectra": sorted(self.spectra)}
+        return {**fields, "spectra": sorted(self.spectra), **self.pairing.identity()}

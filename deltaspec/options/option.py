@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def option(default: T, about: str, *, metavar: str = "", flag: str = "") -> T:
+def option(default: T, about: str, *, metavar: str = "", flag: str = "", repeated: bool = False) -> T:
     """Declare a field of an options dataclass.
 
     Parameters
@@ -25,8 +25,10 @@ def option(default: T, about: str, *, metavar: str = "", flag: str = "") -> T:
         What stands for its value in a command's help; "" leaves that to the type.
     flag : str
         Its spelling on the command line; "" is the field's name with dashes.
+    repeated : bool
+        Of a tuple: given once for each of its elements, instead of as one text with commas.
     """
-    return field(default=default, metadata={"about": about, "metavar": metavar, "flag": flag})
+    return field(default=default, metadata={"about": about, "metavar": metavar, "flag": flag, "repeated": repeated})
 
 
 def flag_of(item: Field[Any]) -> str:

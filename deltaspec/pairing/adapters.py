@@ -12,7 +12,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.advice import refuse_grown
 from deltaspec.pairing.dense import pair_tensor
 from deltaspec.pairing.flattened import resolve_flattened
-from deltaspec.pairing.homes import Homes, factor_shape, find_homes, pair_factors, weight_of
+from deltaspec.pairing.homes import Homes, factor_shape, find_homes, list_wanted, pair_factors, weight_of
 from deltaspec.pairing.names import natural_order
 from deltaspec.pairing.plan import Pairing, Plan, VectorPair, refuse_shapes, unreadable
 from deltaspec.pairing.tied_factors import pair_tied
@@ -44,7 +44,7 @@ def pair_adapter(base: Checkpoint, tuned: AdapterIndex, options: AnalyzeOptions)
     plan = Plan()
     tuned = resolve_flattened(tuned, base, plan)
     layout = lay_out(base)
-    homes = find_homes(layout, [*tuned.full, *tuned.modules], plan)  # factors go before a weight saved beside them
+    homes = find_homes(layout, list_wanted(tuned), plan)  # factors go before a weight saved beside them
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
     plan.family = known.family
     work = Pairing(plan, known, options)
@@ -111,7 +111,7 @@ def pair_split_biases(base: Checkpoint, tuned: AdapterIndex) -> list[tuple[Vecto
         Each with the base's bias, if it has one, and the row at which the adapter's own begins.
     """
     found = []
-    homes = find_homes(lay_out(base), [*tuned.full, *tuned.modules], Plan()) if tuned.biases else {}
+    homes = find_homes(lay_out(base), list_wanted(tuned), Plan()) if tuned.biases else {}
     for path in sorted(tuned.biases.keys() & homes.keys(), key=natural_order):
         bias, (stored, place) = tuned.biases[path], homes[path][0]
         name = f"{stored.removesuffix('.weight')}.bias"

@@ -9,7 +9,9 @@ from deltaspec.architecture.match import Identification, identify
 from deltaspec.architecture.roles import ROLES
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
-from deltaspec.pairing.names import align_names, natural_order
+from deltaspec.pairing.match_names import match_names
+from deltaspec.pairing.names import block_of, natural_order
+from deltaspec.pairing.one_sided import list_one_sided
 from deltaspec.pairing.plan import HEAD, VOCABULARY_ROLES, Pairing, Plan, VectorPair, is_head, unreadable
 from deltaspec.pairing.tied import find_tied, with_aliases
 from deltaspec.types import Checkpoint, KnownMatrix, MatrixKey, MatrixSource, NoteKind, TensorSpec, WeightPair
@@ -27,7 +29,7 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
         If paired tensors have different shapes.
     """
     plan, base, tuned = Plan(), with_aliases(base), with_aliases(tuned)
-    mapping, note = align_names(base.tensors, tuned.tensors)
+    mapping, note = match_names(base, tuned)
     if note:
         plan.note(note)
     known = identify({n: spec.shape for n, spec in base.tensors.items() if not unreadable(spec)}, base.config)
@@ -43,10 +45,11 @@ def pair_checkpoints(base: Checkpoint, tuned: Checkpoint, options: AnalyzeOption
     for head, embedding in tied.heads.items():
         _pair_untied_head(work, head, embedding, (base.tensors[embedding], tuned.tensors[head]))
     settled = left_out | set(tied.heads)
-    _pair_other_layouts(plan, (base, tuned), known, (settled | set(mapping), settled | set(mapping.values())))
+    _pair_other_layouts(plan, (base, tuned), known, mapping, settled)
     work.refuse_shapes()
     _note_coarse_bases(plan)
     _note_guesses(plan)
+    plan.one_sided = list_one_sided(plan, base, tuned, options)
     return plan
 
 
@@ -158,19 +161,28 @@ def _place(identified: KnownMatrix) -> tuple[object, ...]:
 
 
 def _pair_other_layouts(
-    plan: Plan, sides: tuple[Checkpoint, Checkpoint], known: Identification, settled: tuple[set[str], set[str]]
+    plan: Plan,
+    sides: tuple[Checkpoint, Checkpoint],
+    known: Identification,
+    mapping: dict[str, str],
+    settled: set[str],
 ) -> None:
-    """Pair what differs in layout alone (experts stacked or one by one, fused or split): one place, same shape."""
+    """Pair what differs in layout alone (experts stacked or one by one, fused or split): one place, same shape.
+
+    Blocks are one where their paths are equal, or where other tensors of them pair by name.
+    """
     base, tuned = sides
-    in_base = {n: s for n, s in base.tensors.items() if n not in settled[0] and not unreadable(s)}
-    in_tuned = {n: s for n, s in tuned.tensors.items() if n not in settled[1] and not unreadable(s)}
+    ours_settled, theirs_settled = settled | set(mapping), settled | set(mapping.values())
+    in_base = {n: s for n, s in base.tensors.items() if n not in ours_settled and not unreadable(s)}
+    in_tuned = {n: s for n, s in tuned.tensors.items() if n not in theirs_settled and not unreadable(s)}
+    blocks = {(block_of(name), block_of(other)) for name, other in mapping.items()}
     other = Identification({}, {}, "", ())
     if in_base and in_tuned:
         shapes = {name: spec.shape for name, spec in tuned.tensors.items() if not unreadable(spec)}
         other = identify(shapes, tuned.config or base.config)
     ours, theirs = _unique_places(known, in_base), _unique_places(other, in_tuned)
-    shared = [place for place in ours if place in theirs]  # parts of one tensor in the order of their rows
-    shared.sort(key=lambda place: natural_order(ours[place][1].key.tensor))
+    shared = [place for place in ours if place in theirs and _one_block(ours[place][0], theirs[place][0], blocks)]
+    shared.sort(key=lambda place: natural_order(ours[place][1].key.tensor))  # parts in order of rows
     for place in shared:
         (name, mine), (tuned_name, found) = ours[place], theirs[place]
         sources = MatrixSource(in_base[name], mine.view), MatrixSource(in_tuned[tuned_name], found.view)
@@ -179,8 +191,13 @@ def _pair_other_layouts(
         plan.note(f"{len(shared)} matrices are laid out differently in the two models and pair by their place")
     _skip_rest(plan, in_base, known, {ours[place][1].key for place in shared}, "only in the base")
     _skip_rest(plan, in_tuned, other, {theirs[place][1].key for place in shared}, "only in the tuned model")
-    for name in sorted(tuned.tensors.keys() - in_tuned.keys() - settled[1], key=natural_order):
+    for name in sorted(tuned.tensors.keys() - in_tuned.keys() - theirs_settled, key=natural_order):
         plan.skip(name, NoteKind.UNREADABLE, f"only in the tuned model; {unreadable(tuned.tensors[name])}")
+
+
+def _one_block(base: str, tuned: str, blocks: set[tuple[str, str]]) -> bool:
+    mine, other = block_of(base), block_of(tuned)
+    return mine == other or (mine, other) in blocks
 
 
 def _skip_rest(

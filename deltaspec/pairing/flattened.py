@@ -1,22 +1,65 @@
-"""Module names whose dots were written as underscores (kohya's): which module of the base is meant."""
+"""Module names whose dots were written as underscores (kohya's): which module of the base is meant.
+
+A file may hold several components (a UNet, text encoders). Each is looked for in the base by its names and shapes;
+what the base holds is taken, what belongs to another model is told, and two that are the same modules are a tie.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from deltaspec.errors import PairingError
+from deltaspec.errors import OptionError, PairingError
+from deltaspec.pairing.homes import factor_shape
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import AdapterIndex, Checkpoint, NoteKind
+from deltaspec.types import AdapterIndex, Checkpoint, LowRankTerm
 
-COMPONENT = re.compile(r"lora_[a-z0-9]+_")
+COMPONENT = re.compile(r"lora_([a-z0-9]+)_")
+T = TypeVar("T")
 Paths = dict[str, dict[str, list[str]]]
+Component = dict[str, LowRankTerm]
+"""Module names without the component's own, and their factors."""
 
 
 def is_flattened(adapter: AdapterIndex) -> bool:
     """Tell whether all modules of an adapter have flattened names."""
     return bool(adapter.modules) and all(COMPONENT.match(module) for module in adapter.modules)
+
+
+def take_component(sides: Sequence[T], component: str) -> list[T]:
+    """Leave of each adapter with flattened names one component; all else stays as it is.
+
+    Parameters
+    ----------
+    sides : sequence of whatever is opened
+    component : str
+        unet, te1, …; "" takes all.
+
+    Raises
+    ------
+    OptionError
+        If an adapter has no such component, or no side has any.
+    """
+    if not component:
+        return list(sides)
+    if not any(isinstance(side, AdapterIndex) and is_flattened(side) for side in sides):
+        message = f"--component is '{component}', and no adapter here holds components, as files in kohya's naming do."
+        raise OptionError(message)
+    return [_take(side, component) if isinstance(side, AdapterIndex) and is_flattened(side) else side for side in sides]
+
+
+def _take(adapter: T, component: str) -> T:
+    assert isinstance(adapter, AdapterIndex)
+    modules = {name: term for name, term in adapter.modules.items() if name.startswith(f"lora_{component}_")}
+    if not modules:
+        held = sorted({match[1] for name in adapter.modules if (match := COMPONENT.match(name))})
+        message = f"--component is '{component}': {adapter.ref} holds {', '.join(held)}."
+        raise OptionError(message)
+    return replace(adapter, modules=modules)
 
 
 def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> AdapterIndex:
@@ -27,29 +70,46 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> Ad
     adapter : AdapterIndex
     base : Checkpoint
     plan : Plan
-        Where a component that the base does not hold at all (a text encoder beside a UNet) is listed.
+        Notes components of another model.
 
     Raises
     ------
     PairingError
-        If the base has only some modules of a component, none at all, or two that a name may mean.
+        If the base has none of them, some modules of one, or two that a name may mean; or two components are the same
+        modules of the base.
     """
     if not is_flattened(adapter):
         return adapter
-    components: defaultdict[str, list[str]] = defaultdict(list)
-    for module in adapter.modules:
-        if match := COMPONENT.match(module):
-            components[match[0]].append(module)
+    components = _list_components(adapter)
     paths = _flatten(base)
-    found: dict[str, str] = {}
-    for component, modules in components.items():
-        resolved = _resolve(component, modules, paths, base)
-        if not resolved:
-            plan.skip(f"{component}*", NoteKind.ONE_SIDED, f"{base.ref} holds none of its {len(modules)} modules")
-        found |= resolved
-    if not found:
-        raise _lacking(next(iter(adapter.modules)), base)
-    return replace(adapter, modules={found[name]: term for name, term in adapter.modules.items() if name in found})
+    found = {name: _resolve(name, modules, paths, base) for name, modules in components.items()}
+    held = {name: _held(resolved, components[name], base) for name, resolved in found.items()}
+    whole = [name for name, resolved in found.items() if resolved and held[name] == len(components[name])]
+    for name in components if len(components) > 1 else ():
+        if name not in whole and 2 * held[name] > len(components[name]):
+            raise _lacking(_first_unheld(name, components[name], found[name], base), base)
+    if not whole:
+        whole = [max(components, key=lambda name: (held[name], len(found[name])))]
+        if len(found[whole[0]]) < len(components[whole[0]]):
+            raise _lacking(_first_unheld(whole[0], components[whole[0]], found[whole[0]], base), base)
+    for name in components:
+        if name not in whole:
+            size = len(components[name])
+            plan.note(
+                f"the adapter's {name} ({size} modules) stays out: it is of another model than {base.ref}, or of "
+                "another layout"
+            )
+    _refuse_tie({name: found[name] for name in whole}, base)
+    modules = {found[name][module]: term for name in whole for module, term in components[name].items()}
+    return replace(adapter, modules=modules)
+
+
+def _list_components(adapter: AdapterIndex) -> dict[str, Component]:
+    components: defaultdict[str, Component] = defaultdict(dict)
+    for module, term in adapter.modules.items():
+        if match := COMPONENT.match(module):
+            components[match[1]][module.removeprefix(match[0])] = term
+    return dict(components)
 
 
 def _flatten(base: Checkpoint) -> Paths:
@@ -66,36 +126,92 @@ def _flatten(base: Checkpoint) -> Paths:
     return {prefix: dict(rests) for prefix, rests in paths.items()}
 
 
-def _resolve(component: str, modules: list[str], paths: Paths, base: Checkpoint) -> dict[str, str]:
-    """Find the prefix under which the base has all modules of a component; {} where it has none of them."""
-    names = {module: module.removeprefix(component) for module in modules}
-    fitting = [prefix for prefix, rests in paths.items() if all(name in rests for name in names.values())]
-    if not fitting:
-        held = max(paths, key=lambda prefix: sum(name in paths[prefix] for name in names.values()), default="")
-        missing = [module for module, name in names.items() if name not in paths.get(held, {})]
-        if len(missing) == len(modules):
-            return {}
-        raise _lacking(missing[0], base)
-    if len(fitting) > 1 and "" not in fitting:
-        raise _ambiguous(modules[0], [paths[prefix][names[modules[0]]][0] for prefix in fitting], base)
-    rests = paths["" if "" in fitting else fitting[0]]
-    for module, name in names.items():
-        if len(rests[name]) > 1:
-            raise _ambiguous(module, rests[name], base)
-    return {module: rests[name][0] for module, name in names.items()}
+def _resolve(component: str, modules: Component, paths: Paths, base: Checkpoint) -> dict[str, str]:
+    """Find the prefix under which the base has most modules of a component, in shape; {} where it has none.
+
+    The component's names may begin with what the base's lack (a text encoder saved by itself).
+    """
+    held: dict[tuple[str, str], tuple[int, int]] = {}
+    for lacked in _beginnings(modules):
+        names = [name.removeprefix(lacked) for name in modules]
+        for prefix in [""] if lacked else paths:
+            rests = paths.get(prefix, {})
+            rows = [(rests[name], modules[lacked + name]) for name in names if name in rests]
+            if rows:
+                fitting = sum(any(_fits(path, term, base) for path in candidates) for candidates, term in rows)
+                held[prefix, lacked] = (fitting, len(rows))
+    if not held:
+        return {}
+    best = max(held.values())
+    ways = sorted(way for way, count in held.items() if count == best)
+    whole = ("", "")
+    if len(ways) > 1 and whole not in ways and best[0] == len(modules):
+        first = next(iter(modules))
+        raise _ambiguous(component, first, [paths[prefix][first.removeprefix(cut)][0] for prefix, cut in ways], base)
+    prefix, lacked = whole if whole in ways else ways[0]
+    rests = paths[prefix]
+    found = {
+        name: _pick(rests[name.removeprefix(lacked)], term, base)
+        for name, term in modules.items()
+        if name.removeprefix(lacked) in rests
+    }
+    for name, candidates in found.items():
+        if len(candidates) > 1:
+            raise _ambiguous(component, name, candidates, base)
+    return {name: candidates[0] for name, candidates in found.items()}
+
+
+def _beginnings(modules: Component) -> list[str]:
+    """List what all names of a component begin with, up to an underscore: nothing first."""
+    first = next(iter(modules))
+    cuts = [first[: place + 1] for place, letter in enumerate(first) if letter == "_"]
+    return ["", *(cut for cut in cuts if all(name.startswith(cut) for name in modules))]
+
+
+def _pick(paths: list[str], term: LowRankTerm, base: Checkpoint) -> list[str]:
+    """Return the modules of one flattened name whose shape fits; all where none does."""
+    return [path for path in paths if _fits(path, term, base)] or paths
+
+
+def _fits(path: str, term: LowRankTerm, base: Checkpoint) -> bool:
+    shape = base.tensors[f"{path}.weight"].shape
+    return len(shape) > 1 and (shape[0], math.prod(shape[1:])) == factor_shape(term)
+
+
+def _held(resolved: dict[str, str], modules: Component, base: Checkpoint) -> int:
+    """Count the modules of a component that the base holds in shape."""
+    return sum(_fits(path, modules[name], base) for name, path in resolved.items())
+
+
+def _first_unheld(component: str, modules: Component, resolved: dict[str, str], base: Checkpoint) -> str:
+    missing = (name for name in modules if name not in resolved or not _fits(resolved[name], modules[name], base))
+    return f"lora_{component}_{next(missing)}"
+
+
+def _refuse_tie(found: dict[str, dict[str, str]], base: Checkpoint) -> None:
+    owner: dict[str, str] = {}
+    for component, resolved in found.items():
+        for path in resolved.values():
+            if path in owner:
+                message = (
+                    f"The adapter's {owner[path]} and {component} both fit '{path}' of {base.ref}: say which is meant "
+                    f"with --component {owner[path]} or --component {component}."
+                )
+                raise PairingError(message)
+            owner[path] = component
 
 
 def _lacking(module: str, base: Checkpoint) -> PairingError:
     message = (
-        f"The adapter targets '{module}', and {base.ref} has no module of that name with dots for underscores: pass "
-        "the base it was trained from, in the layout that its names follow."
+        f"The adapter targets '{module}', and {base.ref} has no module of that name and shape with dots for "
+        "underscores: pass the base it was trained from, in the layout that its names follow."
     )
     return PairingError(message)
 
 
-def _ambiguous(module: str, paths: list[str], base: Checkpoint) -> PairingError:
+def _ambiguous(component: str, name: str, paths: list[str], base: Checkpoint) -> PairingError:
     message = (
-        f"The adapter's '{module}' may be '{paths[0]}' or '{paths[1]}' of {base.ref}: give the component it is meant "
-        "for as a checkpoint of its own."
+        f"The adapter's 'lora_{component}_{name}' may be '{paths[0]}' or '{paths[1]}' of {base.ref}: give the "
+        "component it is meant for as a checkpoint of its own."
     )
     return PairingError(message)

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltaspec.architecture.match import Identification
 from deltaspec.io.peft_layout import Layout
-from deltaspec.pairing.names import align_names
+from deltaspec.pairing.names import align_best
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import LowRankSource, LowRankTerm, MatrixSource, Place, View, WeightPair
+from deltaspec.types import AdapterIndex, LowRankSource, LowRankTerm, MatrixSource, Place, Shape, View, WeightPair
 
 Homes = dict[str, list[tuple[str, Place]]]
 
 
-def find_homes(layout: Layout, paths: Collection[str], plan: Plan) -> Homes:
+def find_homes(layout: Layout, paths: Collection[str] | Mapping[str, Shape | None], plan: Plan) -> Homes:
     """Map what an adapter names to the base's tensors.
 
     Parameters
     ----------
     layout : Layout
         Of the base.
-    paths : collection of str
-        Module paths, parameters' names and names of tensors stored whole.
+    paths : collection of str, or mapping of str to shape
+        Module paths, parameters' names and names of tensors stored whole; shapes, where they are known, decide
+        between homes of equal names.
     plan : Plan
         Notes a prefix that differs.
 
@@ -33,23 +34,38 @@ def find_homes(layout: Layout, paths: Collection[str], plan: Plan) -> Homes:
         Path → the base's tensors, each with its place in what the path names; paths that the base lacks are missing.
         Names of the running model come first, for PEFT addresses those; then the stored ones.
     """
-    running = _running(layout)
-    stored: Homes = {name: [(name, Place(name))] for name in layout.base.tensors}
+    ways = _running(layout), {name: [(name, Place(name))] for name in layout.base.tensors}
+    shapes = dict(paths) if isinstance(paths, Mapping) else dict.fromkeys(paths)
+    asked = [{path if path in names else weight_of(path): path for path in paths} for names in ways]  # last of a name
     homes: Homes = {}
-    for names in (running, stored):
-        wanted = {path if path in names else weight_of(path): path for path in paths}  # the last path of a name
+    for names, wanted in zip(ways, asked, strict=True):
         homes |= {path: names[name] for name, path in wanted.items() if name in names and path not in homes}
-    if len(homes) == len(wanted):
+    if len(homes) == len(asked[-1]):
         return homes
-    best, most = "", len(homes)
-    for names in (stored, running):
-        wanted = {path if path in names else weight_of(path): path for path in paths}
-        mapping, note = align_names(names, wanted)
-        if len(mapping) > most:
-            homes, best, most = {wanted[mapped]: names[name] for name, mapped in mapping.items()}, note, len(mapping)
-    if best:
-        plan.note(best)
-    return homes
+    sides = [
+        ({n: _shape(layout, home) for n, home in names.items()}, {n: shapes[path] for n, path in wanted.items()})
+        for names, wanted in zip(ways[::-1], asked[::-1], strict=True)
+    ]
+    way, mapping, note = align_best(sides)
+    if len(mapping) <= len(homes):
+        return homes
+    if note:
+        plan.note(note)
+    names, wanted = ways[::-1][way], asked[::-1][way]
+    return {wanted[mapped]: names[name] for name, mapped in mapping.items()}
+
+
+def _shape(layout: Layout, home: list[tuple[str, Place]]) -> Shape | None:
+    """Return the shape of a module's weight, where one stored tensor is it, and no stack of experts."""
+    (name, place), shape = home[0], layout.base.tensors[home[0][0]].shape
+    whole = len(home) == 1 and place.expert is None and place.parts == 1
+    return shape if whole and name.endswith(".weight") else None
+
+
+def list_wanted(adapter: AdapterIndex) -> dict[str, Shape | None]:
+    """Map all that an adapter names to its shape: factors before a weight saved beside them, None for stacks'."""
+    terms = {path: None if term.experts else factor_shape(term) for path, term in adapter.modules.items()}
+    return {name: spec.shape for name, spec in adapter.full.items()} | terms
 
 
 def _running(layout: Layout) -> Homes:

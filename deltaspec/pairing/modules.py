@@ -76,7 +76,8 @@ def _module(name: str, pairs: list[WeightPair], base: Checkpoint, *, split_fused
         for pair in pairs:
             experts[pair.base.view.expert or 0].append(pair)
         joined = tuple(p for e in sorted(experts) for p in _join(experts[e], base))
-        return ModulePair(name, path, "stack", joined[0].shape, joined, transposed=view.transposed)
+        height = (shape[2], shape[1]) if view.transposed else (shape[1], shape[2])
+        return ModulePair(name, path, "stack", height, joined, transposed=view.transposed, experts=shape[0])
     kind: str = "linear"
     kernel: Shape = ()
     if len(shape) > 2:

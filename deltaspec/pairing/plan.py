@@ -10,7 +10,7 @@ from deltaspec.architecture.match import Identification
 from deltaspec.errors import MismatchError, PairingError
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.options import AnalyzeOptions
-from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, TensorSpec, WeightPair
+from deltaspec.types import AdapterIndex, Checkpoint, MatrixKey, Note, NoteKind, OneSidedBlocks, TensorSpec, WeightPair
 
 VOCABULARY_ROLES = {"embed", "lm_head"}
 HEAD = "a task head of another shape than the base's"
@@ -37,6 +37,7 @@ class Plan:
     ``excluded`` has both sides of those that only --include or --exclude keep out. ``heads`` are task heads of another
     shape (another number of classes), left out: an adapter or a merge cannot do without them. ``twins`` are modules
     that an adapter changes exactly as the weight that they share: nothing more to compare, but a merge must know.
+    ``one_sided`` are whole blocks without a counterpart, side by side.
     """
 
     pairs: list[WeightPair] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Plan:
     family: str = "generic"
     attached: list[tuple[MatrixKey, tuple[int, int]]] = field(default_factory=list)
     heads: list[Mismatch] = field(default_factory=list)
+    one_sided: list[OneSidedBlocks] = field(default_factory=list)
     twins: list[WeightPair] = field(default_factory=list)
 
     def skip(self, name: str, kind: NoteKind, reason: str) -> None:

@@ -103,4 +103,4 @@ def _module(path: str, found: list[tuple[AdapterIndex, LowRankTerm]], key: Matri
         view = View(shape, expert=expert)
         none = LowRankSource((), view)
         pairs.append(WeightPair(replace(key, expert=expert), shape, none, LowRankSource(terms, view)))
-    return ModulePair(key.tensor, path, kind, shape, tuple(pairs), kernel)
+    return ModulePair(key.tensor, path, kind, shape, tuple(pairs), kernel, experts=first.experts)

@@ -13,7 +13,7 @@ from deltaspec.files.atomic import is_leftover, write_whole
 from deltaspec.store.formats.run import FailedRecord, Manifest, VectorRow
 from deltaspec.store.identity import RUN, differences
 from deltaspec.store.record import encode, file_stem, read_record, read_spectrum
-from deltaspec.types import MatrixKey, MatrixRecord, SkippedTensor, Spectrum
+from deltaspec.types import MatrixKey, MatrixRecord, OneSidedBlocks, SkippedTensor, Spectrum
 
 if TYPE_CHECKING:
     import pandas
@@ -178,6 +178,11 @@ class Run:
     def skipped(self) -> list[SkippedTensor]:
         """Tensors that were not compared, each with its reason."""
         return self.manifest.get("skipped", [])
+
+    @property
+    def one_sided(self) -> list[OneSidedBlocks]:
+        """Blocks that only one of the two sides has."""
+        return self.manifest.get("one_sided", [])
 
     @property
     def missing(self) -> list[str]:

@@ -5,7 +5,7 @@ Dtype names are those of the safetensors format: F64, F32, F16, BF16, F8_E4M3, F
 """
 
 from deltaspec.types.adapters import AdapterModule, Entry, ModulePair
-from deltaspec.types.identity import PlainFields, SkippedTensor, SourceIdentity, WeightedSource
+from deltaspec.types.identity import OneSidedBlocks, PlainFields, SkippedTensor, SourceIdentity, WeightedSource
 from deltaspec.types.notes import Note, NoteKind
 from deltaspec.types.outline import Holder, Outline, Place
 from deltaspec.types.progress import Step
@@ -45,6 +45,7 @@ __all__ = [
     "ModulePair",
     "Note",
     "NoteKind",
+    "OneSidedBlocks",
     "Opened",
     "Outline",
     "Place",

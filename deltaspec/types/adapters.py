@@ -18,9 +18,10 @@ class ModulePair:
 
     ``name`` is its tensor in the base, ``path`` its module path; of kind ``stack`` the parameter's own path. ``kind``
     is linear, conv1d (GPT-2's, stored as (d_in, d_out)), embedding, conv, or stack (experts on a leading axis).
-    ``pairs`` is one whole matrix, or the parts of a fused one in the order of their rows, or the experts of a stack in
-    order. ``shape`` (d_out, d_in) is that of the whole matrix, or of one expert; ``kernel`` the trailing axes of a
-    convolution as stored (in, k, …). ``transposed`` marks a stack stored as (experts, d_in, d_out).
+    ``pairs`` is one whole matrix, or the parts of a fused one in the order of their rows, or those of a stack's experts
+    in order. ``shape`` (d_out, d_in) is that of the whole matrix, or of one expert; ``kernel`` the trailing axes of a
+    convolution as stored (in, k, …). ``experts`` is the size of a stack, else 0; ``transposed`` marks one stored as
+    (experts, d_in, d_out).
     """
 
     name: str
@@ -30,6 +31,16 @@ class ModulePair:
     pairs: tuple[WeightPair, ...]
     kernel: Shape = ()
     transposed: bool = False
+    experts: int = 0
+
+    def wholes(self) -> list[list[WeightPair]]:
+        """Return the pairs that make up each whole matrix: of every expert, some without any, or of the module."""
+        if not self.experts:
+            return [list(self.pairs)]
+        found: list[list[WeightPair]] = [[] for _ in range(self.experts)]
+        for pair in self.pairs:
+            found[pair.key.expert or 0].append(pair)
+        return found
 
 
 @dataclass(frozen=True, slots=True)

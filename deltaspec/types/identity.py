@@ -31,6 +31,15 @@ class WeightedSource(SourceIdentity):
     weight: float
 
 
+class OneSidedBlocks(TypedDict):
+    """Blocks that only one side has (``base`` or ``tuned``): how many, their share of its parameters, one's path."""
+
+    side: str
+    blocks: int
+    share: float
+    example: str
+
+
 class SkippedTensor(TypedDict):
     """A tensor that was left out, and why."""
 

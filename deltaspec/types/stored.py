@@ -18,7 +18,8 @@ class TensorSpec:
     """One stored tensor, known from headers alone.
 
     ``scale`` is the companion tensor that dequantises it (fp8), one number for each block of ``block`` =
-    (rows, columns) elements; the real weight is stored value times scale.
+    (rows, columns) elements; the real weight is stored value times scale. ``name`` is canonical, without wrappers;
+    ``wrapped`` is the name in the file where that is another.
     """
 
     name: str
@@ -27,6 +28,12 @@ class TensorSpec:
     dtype: str
     scale: TensorSpec | None = None
     block: tuple[int, int] | None = None
+    wrapped: str = ""
+
+    @property
+    def stored_name(self) -> str:
+        """The name in the file."""
+        return self.wrapped or self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +105,10 @@ class LowRankSource:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: an index of its tensors, nothing read yet."""
+    """An opened checkpoint: an index of its tensors, nothing read yet.
+
+    ``wrapped`` maps canonical names, of tensors and aliases, to those in the files, where they are others.
+    """
 
     ref: str
     root: Path
@@ -107,6 +117,7 @@ class Checkpoint:
     config: Config = field(default_factory=dict)
     revision: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # not in tensors → the name it shares memory with
+    wrapped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +126,7 @@ class AdapterIndex:
 
     ``modules`` maps a module path ("model.layers.0.self_attn.q_proj") to its factors; ``full`` maps a tensor name to a
     tensor stored whole (modules_to_save); ``biases`` maps a module path to lora_B.bias, to be multiplied by scaling.
+    ``wrapped`` are keys of its file in which wrappers stand, so that PEFT finds no module for them.
     """
 
     ref: str
@@ -126,6 +138,7 @@ class AdapterIndex:
     base_model: str = ""
     config: Config = field(default_factory=dict)
     revision: str | None = None
+    wrapped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from deltaspec.types import PlainFields, SourceIdentity, WeightedSource
+from deltaspec.types import OneSidedBlocks, PlainFields, SourceIdentity, WeightedSource
 
 
 class NamedSource(TypedDict):
@@ -115,6 +115,7 @@ class AdapterReport(ExtractionIdentity):
     grown: dict[str, int]
     tied: list[str]
     budget: BudgetReport | None
+    one_sided: list[OneSidedBlocks]
 
 
 class MergeLoss(TypedDict):
@@ -153,6 +154,8 @@ class MergeIdentity(TypedDict):
     adapters: list[WeightedSource]
     dtype: str
     deltaspec: str
+    map: NotRequired[list[str]]
+    component: NotRequired[str]
 
 
 class MergedReport(MergeIdentity):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NotRequired, TypedDict
 
-from deltaspec.types import PlainFields, SkippedTensor, SourceIdentity
+from deltaspec.types import OneSidedBlocks, PlainFields, SkippedTensor, SourceIdentity
 
 
 class RunIdentity(TypedDict):
@@ -33,6 +33,7 @@ class RunContent(RunIdentity):
     notes: list[str]
     skipped: list[SkippedTensor]
     planned: list[str]
+    one_sided: list[OneSidedBlocks]
 
 
 class Manifest(RunContent):

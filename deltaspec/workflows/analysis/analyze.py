@@ -11,7 +11,9 @@ from deltaspec.io.open import identify_source, open_plain, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
+from deltaspec.pairing.flattened import take_component
 from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
+from deltaspec.pairing.renamed import choose_names, map_names
 from deltaspec.store.formats.run import RunContent
 from deltaspec.store.run import Run
 from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
@@ -36,7 +38,7 @@ def make_plan(base: str | Path, tuned: str | Path, options: AnalyzeOptions) -> t
     CheckpointError, PairingError
         If a side cannot be read, or the two do not belong together.
     """
-    first, second = open_plain(base), open_plain(tuned)
+    first, (second,) = open_plain(base), choose_names([open_plain(tuned)], options.pairing)
     plan = pair_sources(first, second, options)
     refuse_shapes(plan.heads, vocabulary=False)
     return plan, first, second
@@ -57,14 +59,15 @@ def plan_analysis(base: Base, tuned: str | Path, options: AnalyzeOptions) -> Pla
     DeltaspecError
         As of ``analyze``.
     """
-    second = open_source(tuned)
+    (second,) = take_component([open_source(tuned)], options.pairing.component)
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             plan_attached,  # training's rooms load for such adapters only
         )
 
         return plan_attached(base, second, options)
-    return pair_sources(base.source, second, options)
+    (mapped,) = map_names([second], options.pairing.map)
+    return pair_sources(base.source, mapped, options)
 
 
 def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan:
@@ -74,11 +77,14 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
     ------
     PairingError
         If the two do not belong together.
+    OptionError
+        If the first is an adapter that lacks the component that is asked for.
     """
     if isinstance(first, AdapterIndex):
         if isinstance(second, Checkpoint):
             message = f"The base {first.ref} is an adapter and {second.ref} a full checkpoint: swap the two arguments."
             raise PairingError(message)
+        (first,) = take_component([first], options.pairing.component)
         plan = pair_adapters(first, second, options)
     elif isinstance(second, AdapterIndex):
         plan = pair_adapter(first, second, options)
@@ -113,7 +119,8 @@ def analyze(
     Returns
     -------
     Run
-        With one record for each matrix and spectrum; matrices that failed are in ``run.failures``.
+        With one record for each matrix and spectrum; matrices that failed are in ``run.failures``, blocks that only
+        one side has in ``run.one_sided``.
 
     Raises
     ------
@@ -133,7 +140,8 @@ def analyze_against(base: Base, tuned: str | Path, out: str | Path | None, execu
         As of ``analyze``.
     execution : Execution
     """
-    options, second = execution.options, open_source(tuned)
+    options = execution.options
+    (second,) = take_component([open_source(tuned)], options.pairing.component)
     if isinstance(second, ForeignAdapter):
         from deltaspec.workflows.analysis.attached_adapter import (
             analyze_attached,  # training's rooms load for such adapters only
@@ -144,6 +152,7 @@ def analyze_against(base: Base, tuned: str | Path, out: str | Path | None, execu
             base.running_norms, run, {record.store_key for record in run.records if record.spectrum_of == "delta"}
         )
         return run
+    (second,) = map_names([second], options.pairing.map)
     plan = pair_sources(base.source, second, options)
     tasks = _make_tasks(plan, options)
     manifest = _manifest(plan, base.source, second, options, tasks)
@@ -175,6 +184,7 @@ def _manifest(plan: Plan, base: Opened, tuned: Opened, options: AnalyzeOptions, 
         "notes": [str(note) for note in plan.notes],
         "skipped": [note.to_dict() for note in plan.skipped],
         "planned": [task.store_key for task in tasks],
+        "one_sided": plan.one_sided,
     }
 
 

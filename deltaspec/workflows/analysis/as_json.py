@@ -26,7 +26,8 @@ def plan_rows(plan: Plan) -> list[dict[str, Any]]:
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """Return a plan as one JSON object."""
     skipped, notes = [note.to_dict() for note in plan.skipped], [str(note) for note in plan.notes]
-    return {"family": plan.family, "pairs": plan_rows(plan), "skipped": skipped, "notes": notes}
+    found = {"family": plan.family, "pairs": plan_rows(plan), "skipped": skipped, "notes": notes}
+    return {**found, "one_sided": plan.one_sided}
 
 
 def run_to_json(run: Run) -> dict[str, Any]:

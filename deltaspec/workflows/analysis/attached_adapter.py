@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from deltaspec.architecture.canonical_names import WRAPPER
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
@@ -18,6 +19,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
 from deltaspec.pairing.plan import HEAD, Plan, chosen, is_head
+from deltaspec.pairing.renamed import map_keys
 from deltaspec.store.run import Run
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.sites.model_sites import identify_parameters, list_modules
@@ -62,7 +64,7 @@ def analyze_attached(base: Base, adapter: ForeignAdapter, out: str | Path | None
     PairingError, CheckpointError
         As of ``attach_adapter``.
     """
-    found = attach_adapter(base, adapter, name="analysed")
+    found = attach_adapter(base, adapter, name="analysed", maps=execution.options.pairing.map)
     try:
         identity = identify_source(base.source)
         sides = Sides(identity, found.tuned, found.names, found.notes, found.whole, dict(base.running_norms))
@@ -80,7 +82,7 @@ def plan_attached(base: Base, adapter: ForeignAdapter, options: AnalyzeOptions) 
     PairingError, CheckpointError
         As of ``attach_adapter``.
     """
-    found = attach_adapter(base, adapter, name="analysed", weights=False)
+    found = attach_adapter(base, adapter, name="analysed", weights=False, maps=options.pairing.map)
     family = identify_parameters(found.attachment.model).family
     plan = Plan(notes=found.notes, skipped=list(found.whole), family=family)
     for _, piece, key in list_pieces(found.attachment, found.names):
@@ -91,7 +93,9 @@ def plan_attached(base: Base, adapter: ForeignAdapter, options: AnalyzeOptions) 
     return plan
 
 
-def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: bool = True) -> Attached:
+def attach_adapter(
+    base: Base, adapter: ForeignAdapter, *, name: str, weights: bool = True, maps: Sequence[str] = ()
+) -> Attached:
     """Attach a stored adapter of any method that changes weights to its running base.
 
     Parameters
@@ -102,6 +106,8 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
         Of the adapter on the model, unlike any other there.
     weights : bool
         Without, the base is on the meta device.
+    maps : sequence of str
+        As of ``map_names``.
 
     Raises
     ------
@@ -110,6 +116,25 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
     CheckpointError
         If no method of ours reads it, or it does not fit the base.
     """
+    source = _refuse_unfit(base, adapter)
+    stored, model = _read(adapter, maps), base.run() if weights else base.outline()
+    tensors, whole, notes = _fit(stored, model)
+    try:
+        attachment = attach_stored(model, adapter.config, tensors, name=name)
+    except CheckpointError as cause:
+        cause.add_note(f"The adapter is '{adapter.root}'.")
+        raise
+    return Attached(
+        attachment,
+        _own_names(source, [site.key.tensor for site in attachment.sites]),
+        {**identify_source(adapter), "live": True, "method": attachment.method},
+        [*notes, Note(NoteKind.REMARK, f"the adapter is one of {attachment.method}: attached to the running base")],
+        whole,
+    )
+
+
+def _refuse_unfit(base: Base, adapter: ForeignAdapter) -> Checkpoint:
+    """Return the base as a checkpoint, where the adapter is of a method of ours that changes weights, and is there."""
     method = name_method(adapter.config)
     if method is None:
         raise CheckpointError(adapter.refusal)
@@ -121,25 +146,14 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
         raise PairingError(message)
     if not adapter.files:
         raise CheckpointError(adapter.refusal)
-    stored, model = _read(adapter.files[0]), base.run() if weights else base.outline()
-    tensors, whole, notes = _fit(stored, model)
-    try:
-        attachment = attach_stored(model, adapter.config, tensors, name=name)
-    except CheckpointError as cause:
-        cause.add_note(f"The adapter is '{adapter.root}'.")
-        raise
-    return Attached(
-        attachment,
-        _own_names(base.source, [site.key.tensor for site in attachment.sites]),
-        {**identify_source(adapter), "live": True, "method": attachment.method},
-        [*notes, Note(NoteKind.REMARK, f"the adapter is one of {method}: attached to the running base")],
-        whole,
-    )
+    return base.source
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    tensors, _ = shards.list_tensors(file)
-    return {name: read_tensor(spec) for name, spec in tensors.items()}
+def _read(adapter: ForeignAdapter, maps: Sequence[str]) -> dict[str, Tensor]:
+    """Read an adapter's tensors, under the names that the model would give them."""
+    tensors, _ = shards.list_tensors(adapter.files[0])
+    stored = {WRAPPER.sub("", name): read_tensor(spec) for name, spec in tensors.items()}
+    return map_keys(stored, maps, adapter.ref)
 
 
 def _fit(stored: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], list[Note], list[Note]]:
@@ -155,7 +169,9 @@ def _fit(stored: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tens
     """
     modules, known = dict(list_modules(model)), identify_parameters(model)
     owners = {name: _outer(name.removeprefix(PREFIX)) for name in stored if name.startswith(PREFIX)}
-    mapping, note = align_names(modules.keys() - {""}, {path for paths in owners.values() for path in paths})
+    leaves = {path.rpartition(".")[2] for path in modules}
+    asked = {path: None for paths in owners.values() for path in paths if path.rpartition(".")[2] in leaves}
+    mapping, note = align_names([path for path in modules if path], asked)
     places = {path: own for own, path in mapping.items()}
     tensors = {name: tensor for name, tensor in stored.items() if name not in owners}  # what all updates share
     whole = []

@@ -121,6 +121,7 @@ def run_live(attachment: Attachment, out: str | Path, sides: Sides, execution: E
         "notes": [str(note) for note in sides.notes],
         "skipped": [note.to_dict() for note in plan.skipped],
         "planned": [task.store_key for task in tasks],
+        "one_sided": [],
     }
     run = Run.create_or_resume(out, manifest)
     with writing(run):

@@ -13,7 +13,7 @@ from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_writer import PeftForm, write_adapter
 from deltaspec.store.formats.adapter import AdapterReport
-from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair
+from deltaspec.types import AdapterModule, Entry, MatrixSource, ModulePair, WeightPair
 from deltaspec.workflows.extraction.certificate import Written, write_report
 from deltaspec.workflows.extraction.factorise_matrix import name_factors
 from deltaspec.workflows.extraction.nouns import Assembly, Leftover
@@ -67,10 +67,10 @@ def _stored_ranks(assembly: Assembly, label: str) -> dict[str, int]:
     """Each module's rank in the file: one for all where the target or the policy wants one, else its own."""
     own, parts = {}, False
     for module in assembly.changed:
-        found = [assembly.rows[str(pair.key)]["results"][label]["rank"] for pair in module.pairs]
-        split = module.kind != "stack" and len(module.pairs) > 1
-        parts = parts or split
-        own[module.path] = sum(found) if split else max(found)
+        rows = assembly.rows
+        found = [[rows[str(pair.key)]["results"][label]["rank"] for pair in whole] for whole in module.wholes()]
+        parts = parts or any(len(ranks) > 1 for ranks in found)
+        own[module.path] = max(map(sum, found))
     one = assembly.options.form.target != "peft" or (assembly.options.ranks.policy == "rank" and not parts)
     return dict.fromkeys(own, max(own.values(), default=0)) if one else own
 
@@ -84,7 +84,7 @@ def _module(assembly: Assembly, module: ModulePair, label: str, *, rank: int, wi
         rank,
         partial(_read, assembly, module, label),
         kernel=module.kernel,
-        experts=len(module.pairs) if module.kind == "stack" else 0,
+        experts=module.experts,
         read_bias=bias,
         transposed=module.transposed,
     )
@@ -110,23 +110,31 @@ def _constant(factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(assembly: Assembly, module: ModulePair, label: str) -> tuple[Tensor, Tensor]:
     """Read a module's factors from its pieces, joined where it is fused or a stack."""
-    dtype = OPTIONS[assembly.sources.dtype].torch
-    pairs = []
-    for pair in module.pairs:
-        tensors = assembly.pieces.tensors(str(pair.key))
-        empty = torch.zeros(0, pair.shape[1], dtype=dtype), torch.zeros(pair.shape[0], 0, dtype=dtype)
-        pairs.append(tuple(tensors.get(n, e) for n, e in zip(name_factors(label), empty, strict=True)))
+    wholes = [_read_whole(assembly, module, pairs, label) for pairs in module.wholes()]
     if module.kind == "stack":
-        rank = max(a.shape[0] for a, _ in pairs)
-        padded = [pad(a, b, rank) for a, b in pairs]
+        rank = max(a.shape[0] for a, _ in wholes)
+        padded = [pad(a, b, rank) for a, b in wholes]
         return torch.stack([a for a, _ in padded]), torch.stack([b for _, b in padded])
-    if len(pairs) > 1:
-        places = [pair.base.view.take(torch.arange(module.shape[0])) for pair in module.pairs]
-        return block_diagonal([(a, b, rows) for (a, b), rows in zip(pairs, places, strict=True)], rows=module.shape[0])
-    lora_A, lora_B = pairs[0]
+    lora_A, lora_B = wholes[0]
     if lora_B.shape[0] < module.shape[0]:  # a vocabulary that shrank: rows that only the base has stay as they are
         lora_B = torch.cat([lora_B, lora_B.new_zeros(module.shape[0] - lora_B.shape[0], lora_B.shape[1])])
     return lora_A, lora_B
+
+
+def _read_whole(assembly: Assembly, module: ModulePair, pairs: list[WeightPair], label: str) -> tuple[Tensor, Tensor]:
+    """Read the factors of one whole matrix, block-diagonal where they are those of its parts."""
+    dtype, (rows, columns) = OPTIONS[assembly.sources.dtype].torch, module.shape
+    found, (name_A, name_B) = [], name_factors(label)
+    for pair in pairs:
+        tensors = assembly.pieces.tensors(str(pair.key))
+        lora_A = tensors.get(name_A, torch.zeros(0, pair.shape[1], dtype=dtype))
+        found.append((lora_A, tensors.get(name_B, torch.zeros(pair.shape[0], 0, dtype=dtype))))
+    if len(pairs) == 1 and not pairs[0].key.part:
+        return found[0]
+    if not pairs:
+        return torch.zeros(0, columns, dtype=dtype), torch.zeros(rows, 0, dtype=dtype)
+    places = [pair.base.view.take(torch.arange(rows)) for pair in pairs]
+    return block_diagonal([(a, b, at) for (a, b), at in zip(found, places, strict=True)], rows=rows)
 
 
 def _whole_entries(assembly: Assembly) -> list[Entry]:

@@ -150,7 +150,9 @@ def _groups(modules: Sequence[ModulePair], layout: Layout) -> list[tuple[list[st
             known, cost = groups.get((place.name, place.part), ([], 0))
             groups[place.name, place.part] = (known + keys, cost + place.parts * d_out + d_in)
         elif module.kind == "stack":
-            groups[module.name] = (keys, len(keys) * (d_out + d_in))
+            for part in {pair.key.part: None for pair in module.pairs}:
+                own = [str(pair.key) for pair in module.pairs if pair.key.part == part]
+                groups[module.name, part] = (own, module.experts * (d_out + d_in))
         else:
             cost = _copies(module, layout) * (d_out + d_in) if len(places) == 1 else d_out + len(places) * d_in
             groups |= {key: ([key], cost) for key in keys}

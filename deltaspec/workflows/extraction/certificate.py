@@ -80,6 +80,7 @@ def _report(assembly: Assembly, written: Written) -> AdapterReport:
         "grown": _grown(assembly, written.whole),
         "tied": _tied(assembly, written.modules),
         "budget": assembly.spending.report[written.label] if assembly.spending else None,
+        "one_sided": sources.plan.one_sided,
     }
 
 

@@ -18,7 +18,7 @@ from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
-from deltaspec.pairing.flattened import is_flattened, resolve_flattened
+from deltaspec.pairing.flattened import is_flattened, resolve_flattened, take_component
 from deltaspec.pairing.plan import Plan
 from deltaspec.pairing.sums import Total, sum_adapters
 from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity
@@ -91,7 +91,8 @@ class _Sum:
 def _open_all(adapters: Sequence[tuple[str | Path, float]], base: str | Path | None, options: ExtractOptions) -> _Sum:
     """Open and add up all adapters; of their factors nothing is read yet."""
     named, plan = _open_base(base), Plan()
-    indexes = [_open(path, named, plan) for path, _ in adapters]
+    indexes = [_open(path) for path, _ in adapters]
+    indexes = [_resolve(i, named, plan) for i in take_component(indexes, options.analysis.pairing.component)]
     total = sum_adapters(indexes, [weight for _, weight in adapters])
     made: list[WeightedSource] = [
         {"weight": weight, **identify_source(i)} for i, (_, weight) in zip(indexes, adapters, strict=True)
@@ -162,11 +163,16 @@ def _open_base(base: str | Path | None) -> Checkpoint | None:
     return source
 
 
-def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
+def _open(path: str | Path) -> AdapterIndex:
     index = open_plain(path)
     if not isinstance(index, AdapterIndex):
         message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
         raise PairingError(message)
+    return index
+
+
+def _resolve(index: AdapterIndex, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
+    """Give modules without dots in their names those of the base."""
     if base is not None:
         return replace(resolve_flattened(index, base, plan), base_model=base.ref)
     if is_flattened(index):

@@ -35,7 +35,7 @@ def render_card(report: AdapterReport, *, cut_off: Sequence[str] = ()) -> str:
             "|---|---|",
             f"| relative error ‖ΔW - BA‖/‖ΔW‖ over all matrices | {totals['error']:.4f} |",
             f"| the best possible at these ranks | {totals['optimum']:.4f} |",
-            f"| share of the whole change ‖Δ‖² that the adapter keeps | {100 * totals['kept']:.2f} % |",
+            f"| share of {_whole(report)} ‖Δ‖² that the adapter keeps | {100 * totals['kept']:.2f} % |",
             "",
             "```python",
             "from peft import PeftModel",
@@ -58,6 +58,18 @@ def _head(report: AdapterReport) -> list[str]:
     name = _hub_name(report)
     named = [f"base_model: {json.dumps(name)}"] if name else []
     return ["---", "library_name: peft", *named, "tags:", "- lora", "- deltaspec", "---", ""]
+
+
+def _whole(report: AdapterReport) -> str:
+    """Name the change that shares are of: blocks that only one model has are in none."""
+    rows = report.get("one_sided", [])
+    names = {"base": "the base", "tuned": "the fine-tune"}
+    alone = " and ".join(f"{row['blocks']} of {names[row['side']]} (`{_cell(row['example'])}` …)" for row in rows)
+    return (
+        f"the change of what both models hold (not counted: blocks that only one has, {alone})"
+        if rows
+        else ("the whole change")
+    )
 
 
 def _ranks(report: AdapterReport) -> str:

@@ -112,10 +112,8 @@ def why_left(
 
 def _row(module: ModulePair) -> AdapterModule:
     """Return a module as it would be written, without its factors."""
-    experts = len(module.pairs) if module.kind == "stack" else 0
-    return AdapterModule(
-        module.path, module.kind, module.shape, 1, _unread, module.kernel, experts, transposed=module.transposed
-    )
+    form = module.path, module.kind, module.shape
+    return AdapterModule(*form, 1, _unread, module.kernel, module.experts, transposed=module.transposed)
 
 
 def _refused_by_peft(modules: Sequence[ModulePair], layout: Layout, *, target: str) -> dict[str, str]:

@@ -38,18 +38,27 @@ class Rewrite:
 
     def entry(self, name: str, rows: list[MergedMatrix] | None = None) -> Entry:
         """Say how one tensor of the result is stored, and how to get it; ``rows`` takes what reading it finds."""
-        change = self.changes.tensors.get(name)
+        change, stored = self.changes.tensors.get(name), _stored_name(self.base, name)
         spec = change.spec if change else self.base.tensors.get(name) or self.changes.added[name]
         cast = self.dtype != "auto" and spec.dtype in GRIDS
         dtype = OPTIONS[self.dtype].name if cast else spec.dtype
         if change is None:
-            return Entry(name, spec.shape, dtype, partial(copy_tensor, spec, DTYPES[dtype].torch if cast else None))
+            return Entry(stored, spec.shape, dtype, partial(copy_tensor, spec, DTYPES[dtype].torch if cast else None))
 
         def found(key: MatrixKey, shape: Shape, loss: Loss) -> None:
             if rows is not None:
                 rows.append(MergedMatrix(key, shape, dtype, loss))
 
-        return Entry(name, change.shape, dtype, partial(merge_tensor, change, dtype=DTYPES[dtype].torch, found=found))
+        return Entry(stored, change.shape, dtype, partial(merge_tensor, change, dtype=DTYPES[dtype].torch, found=found))
+
+
+def _stored_name(base: Checkpoint, name: str) -> str:
+    """Return the name that a tensor of the result has in the files; a new one is wrapped as all others are."""
+    if name in base.tensors or name in base.aliases:
+        return base.wrapped.get(name, name)
+    around = {stored.removesuffix(bare) for bare, stored in base.wrapped.items() if stored.endswith(bare)}
+    everywhere = len(base.wrapped) >= len(base.tensors)
+    return min(around, key=len) + name if around and everywhere else name
 
 
 def assign_files(rewrite: Rewrite, out: Path) -> Files:
@@ -123,7 +132,8 @@ def _metadata(base: Checkpoint, held: list[str]) -> dict[str, str]:
     """Keep what the header of the base's file says, and which names share a tensor."""
     file, names = base.tensors[held[0]].file, {*held}
     stored = read_header(file)[1].get("__metadata__") if file.name.endswith(".safetensors") else None
-    shared = {alias: name for alias, name in base.aliases.items() if name in names}
+    aliases = {alias: name for alias, name in base.aliases.items() if name in names}
+    shared = {_stored_name(base, alias): _stored_name(base, name) for alias, name in aliases.items()}
     return {**(stored or SAVED), **shared}
 
 

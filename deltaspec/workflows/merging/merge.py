@@ -16,6 +16,7 @@ from deltaspec.files.atomic import whole_file
 from deltaspec.io.open import identify_source, open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
+from deltaspec.pairing.renamed import choose_names
 from deltaspec.store.formats.adapter import MergeIdentity
 from deltaspec.types import AdapterIndex, Checkpoint, Step
 from deltaspec.workflows.merging.checkpoint_writer import Files, Rewrite, assign_files, write_beside, write_files
@@ -57,22 +58,25 @@ def merge(
     DeltaspecError
         If a side cannot be read, an adapter belongs to another base, or ``out`` cannot be written.
     """
-    dtype = (options or MergeOptions()).dtype
-    source, given = _open(base, adapters, dtype)
-    rewrite = Rewrite(source, collect_changes(source, given), dtype)
-    facts, files, inputs = _describe(source, given, dtype), assign_files(rewrite, Path(out)), _list_files(source, given)
+    options = options or MergeOptions()
+    source, given = _open(base, adapters, options)
+    rewrite = Rewrite(source, collect_changes(source, given), options.dtype)
+    facts, files = _describe(source, given, options), assign_files(rewrite, Path(out))
+    inputs = _list_files(source, given)
     with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
         rows = write_files(rewrite, files, staging.path / "built", staging.path / "rows", progress=progress)
         report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))
         return _finish(rewrite, files, staging, report)
 
 
-def _open(base: str | Path, adapters: Sequence[Given], dtype: str) -> tuple[Checkpoint, list[Addend]]:
+def _open(base: str | Path, adapters: Sequence[Given], options: MergeOptions) -> tuple[Checkpoint, list[Addend]]:
     named = [parse_adapter(adapter) for adapter in adapters]
     if not named:
         message = "merge needs at least one adapter: name it after the base."
         raise OptionError(message)
-    return _open_base(base, dtype), [_open_adapter(place, weight) for place, weight in named]
+    source, opened = _open_base(base, options.dtype), [_open_adapter(place) for place, _ in named]
+    chosen = choose_names(opened, options.pairing)
+    return source, [(adapter, weight) for adapter, (_, weight) in zip(chosen, named, strict=True)]
 
 
 def _list_files(base: Checkpoint, adapters: Sequence[Addend]) -> list[Path]:
@@ -80,14 +84,20 @@ def _list_files(base: Checkpoint, adapters: Sequence[Addend]) -> list[Path]:
     return [place for side in sides for place in (side.root, *side.files)]
 
 
-def _describe(base: Checkpoint, adapters: Sequence[Addend], dtype: str) -> MergeIdentity:
-    return {
+def _describe(base: Checkpoint, adapters: Sequence[Addend], options: MergeOptions) -> MergeIdentity:
+    facts: MergeIdentity = {
         "kind": "merge",
         "base": identify_source(base),
         "adapters": [{**identify_source(adapter), "weight": weight} for adapter, weight in adapters],
-        "dtype": dtype,
+        "dtype": options.dtype,
         "deltaspec": version("deltaspec"),
     }
+    pairing = options.pairing
+    if pairing.map:
+        facts["map"] = list(pairing.map)
+    if pairing.component:
+        facts["component"] = pairing.component
+    return facts
 
 
 def _finish(rewrite: Rewrite, files: Files, staging: Staging, report: MergeReport) -> MergeReport:
@@ -151,9 +161,9 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
     return source
 
 
-def _open_adapter(place: str | Path, weight: float) -> Addend:
+def _open_adapter(place: str | Path) -> AdapterIndex:
     source = open_plain(place)
     if isinstance(source, Checkpoint):
         message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."
         raise PairingError(message)
-    return source, weight
+    return source

@@ -12,8 +12,9 @@ from deltaspec.io.peft_layout import Layout
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.plan import Plan, refuse_shapes
+from deltaspec.pairing.renamed import choose_names
 from deltaspec.types import AdapterIndex, Checkpoint
-from deltaspec.workflows.analysis.analyze import make_plan
+from deltaspec.workflows.analysis.analyze import pair_sources
 from deltaspec.workflows.verification.claims import Claims, read_claims
 
 
@@ -51,13 +52,15 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     DeltaspecError
         If one cannot be read, they are in another order, or the adapter belongs to another base.
     """
-    plan, first, second = make_plan(base, tuned, options)
-    index = open_plain(adapter)
+    first, *others = (open_plain(ref) for ref in (base, tuned, adapter))
+    second, index = choose_names(others, options.pairing)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
         message = (
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
         )
         raise PairingError(message)
+    plan = pair_sources(first, second, options)
+    refuse_shapes(plan.heads, vocabulary=False)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)

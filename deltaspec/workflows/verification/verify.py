@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deltaspec.architecture.peft_names import list_unloaded
@@ -13,7 +13,7 @@ from deltaspec.engine.local import run as run_engine
 from deltaspec.errors import MismatchError, PairingError
 from deltaspec.io.attachment import find_unattached
 from deltaspec.options import AnalyzeOptions
-from deltaspec.types import Step
+from deltaspec.types import OneSidedBlocks, Step
 from deltaspec.workflows.shared.workers import Headway, Workers
 from deltaspec.workflows.verification.beside_factors import CheckedTensor, check_beside
 from deltaspec.workflows.verification.match_factors import Check, match_factors
@@ -49,6 +49,8 @@ class Verification:
         Factors and whole tensors that would not change what they name once PEFT loads the adapter, each with why.
     attachment : str
         Whether that is known, and by what.
+    one_sided : list of OneSidedBlocks
+        Blocks that only the base or only the fine-tune has, of which nothing was checked.
     """
 
     rows: tuple[CheckedMatrix, ...]
@@ -59,6 +61,7 @@ class Verification:
     claims: bool
     unattached: tuple[str, ...] = ()
     attachment: str = ""
+    one_sided: list[OneSidedBlocks] = field(default_factory=list)
 
 
 def verify(
@@ -103,8 +106,10 @@ def verify(
         worse = [row.matrix for row in rows if row.worse and row.matrix not in matched.missing] + worse + untrue
         worse += [row.tensor for row in rest if not row.right]
         missing += lacking + absent + list_unloaded(trio.adapter)
+    if wrapped := trio.adapter.wrapped:
+        idle = (*idle, f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}')")
     found = Verification(tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), trio.claims is not None)
-    return replace(found, unattached=idle, attachment=trio.layout.attachment)
+    return replace(found, unattached=idle, attachment=trio.layout.attachment, one_sided=trio.changed.one_sided)
 
 
 def _recompute(checks: Sequence[Check], workers: Workers) -> list[CheckedMatrix]:
