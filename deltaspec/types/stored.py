@@ -16,7 +16,8 @@ class TensorSpec:
     """One stored tensor, known from headers alone.
 
     ``scale`` is the companion tensor that dequantises it (fp8), one number for each block of ``block`` =
-    (rows, columns) elements; the real weight is stored value times scale.
+    (rows, columns) elements; the real weight is stored value times scale. ``pieces`` say how it is put together where
+    it does not lie in ``file`` under its own name.
     """
 
     name: str
@@ -25,6 +26,20 @@ class TensorSpec:
     dtype: str
     scale: TensorSpec | None = None
     block: tuple[int, int] | None = None
+    pieces: Pieces | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """How a tensor is put together from stored ones: ``parts``, by the names in their files, joined along ``axis``.
+
+    ``heads`` > 0 marks rows in the order of Meta's rotary embedding: within each head they take turns between its two
+    halves; they are read with the first half before the second.
+    """
+
+    parts: tuple[TensorSpec, ...]
+    axis: int = 0
+    heads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +111,12 @@ class LowRankSource:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: an index of its tensors, nothing read yet."""
+    """An opened checkpoint: an index of its tensors, nothing read yet.
+
+    ``layout`` is "Meta's" where names and rows are Hugging Face's on reading alone; ``folders`` are those of a
+    sentence-transformers model's further modules, whose tensors have the folder in their name; ``notes`` say what of
+    the files is read.
+    """
 
     ref: str
     root: Path
@@ -105,6 +125,9 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # not in tensors → the name it shares memory with
+    layout: str = ""
+    folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names

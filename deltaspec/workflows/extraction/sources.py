@@ -14,6 +14,7 @@ from deltaspec.errors import PairingError
 from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.peft_layout import lay_out
 from deltaspec.io.peft_targets import make_targets
+from deltaspec.io.sentence_modules import is_beside
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import IN_BLOCKS, group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
@@ -23,6 +24,7 @@ from deltaspec.workflows.extraction.nouns import Sources
 from deltaspec.workflows.shared.vector_changes import change_of
 
 GROWN = "its vocabulary grew: --extras all stores it whole"
+BESIDE = "in a module beside the model, which adapters do not reach"
 NO_BIASES = "PEFT has no biases beside factors of an embedding: --extras all stores it whole"
 
 
@@ -41,6 +43,7 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
     modules, left = group_modules(plan, first, split_fused=options.form.split_fused)
     with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
     reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form, with_biases=with_biases))}
+    reasons |= {module.name: BESIDE for module in modules if is_beside(module.name, first)}
     refused = _refused_by_peft([m for m in modules if m.name not in reasons], first, target=options.form.target)
     left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
     kept = tuple(module for module in modules if module.name not in left)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from deltaspec.errors import PairingError
 from deltaspec.io.content import same_content
+from deltaspec.io.intact import refuse_partial
 from deltaspec.io.matrix import read_tensor
+from deltaspec.io.sentence_modules import is_beside
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
 from deltaspec.pairing.plan import Plan, VectorPair, refuse_empty, refuse_shapes
@@ -49,14 +51,20 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     ------
     PairingError
         If an adapter belongs to another base, or two of them replace one tensor by different values.
+    CheckpointError
+        If one stores a tensor empty, or as integers, that the base has whole.
     """
     changes = TensorChanges()
     for adapter, weight in adapters:
+        refuse_partial(base, adapter)
         plan = pair_adapter(base, adapter, AnalyzeOptions(vocab="common"))
         refuse_empty(plan, base, adapter)
         refuse_shapes(plan.heads, vocabulary=False)
         _add(changes, _Added(adapter, weight, plan), base)
     settle_ties(changes, base)
+    if beside := next((name for name in changes.tensors if is_beside(name, base)), None):
+        message = f"Cannot merge into {base.ref}: '{beside}' is in a module beside the model, whose files are copied."
+        raise PairingError(message)
     return changes
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
+from deltaspec.io.intact import refuse_partial
 from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.options import AnalyzeOptions
@@ -57,6 +58,7 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
         )
         raise PairingError(message)
+    refuse_partial(first, index)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)
