@@ -10,6 +10,7 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError
 from deltaspec.io import peft, shards, weight_files
+from deltaspec.io.meta_layout import PARAMS
 from deltaspec.io.sentence_modules import FILES, LIST, lacks_weights, list_folders
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?", re.ASCII)
@@ -110,7 +111,7 @@ def _cached(repo: str, revision: str) -> Path | None:
 
 
 def _has_config(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", peft.CONFIG))
+    return any((folder / name).exists() for name in ("config.json", peft.CONFIG, PARAMS))
 
 
 def _choose(names: list[str]) -> list[str]:
@@ -141,7 +142,7 @@ def _download(repo: str, revision: str) -> tuple[Path, str]:
         listed = ", ".join(sorted(names)[:8]) or "nothing"
         what = f"it has no weights in safetensors or .bin, only {listed}; choose another revision or convert it"
         raise _failure(repo, revision, what)
-    configs = [name for name in ("config.json", peft.CONFIG) if name in names]
+    configs = [name for name in ("config.json", peft.CONFIG, PARAMS) if name in names]
     folder = Path()
     for name in [*configs, *chosen]:
         folder = _get(repo, name, revision)

@@ -25,7 +25,8 @@ from deltaspec.types import Pieces, Shape, TensorSpec
 
 RANK = re.compile(r"consolidated\.\d+\.(pth|pt|safetensors)")
 PARAMS = "params.json"
-TOKENS, QUERIES = "tok_embeddings.weight", "attention.wq.weight"
+TOKENS = "tok_embeddings.weight"
+QUERIES = (".attention.wq.weight", ".attention.wqkv.weight")  # the second joined by tools that keep Meta's order
 LAYER = re.compile(r"layers\.(?P<depth>\d+)\.(?P<module>.+)\.weight")
 EXPERT = re.compile(r"feed_forward\.experts\.(?P<expert>\d+)\.(?P<part>w[123])")
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
@@ -43,7 +44,8 @@ MODULES = {
 }
 ACROSS = ("wo", "w2")  # split among ranks along their inputs
 WHOLE = ("norm", "attention_norm", "ffn_norm", "gate")  # the same in every rank
-COMPUTED = re.compile(r"(.*\.)?rope\.freqs")  # follows from the config
+FREQUENCIES = "rope.freqs"
+COMPUTED = (FREQUENCIES, "freqs_cis")  # follow from the sizes
 CONVERT = "convert it with transformers' convert_llama_weights_to_hf (of Mistral, convert_mistral_weights_to_hf)"
 Held = dict[str, list[TensorSpec]]
 """Tensors by name, one for each file that holds it, in the order of ranks."""
@@ -61,15 +63,15 @@ class Heads:
 
 
 def is_meta(held: Collection[str], config: Mapping[str, Any]) -> bool:
-    """Tell whether tensors are named as Meta names them; what has a ``model_type`` may use such names inside its own.
+    """Tell whether tensors are named as Meta names them; a model with code of its own may use such names for others.
 
     >>> is_meta(["tok_embeddings.weight", "layers.0.attention.wq.weight"], {})
     True
     """
     trunk = next((name.removesuffix(TOKENS) for name in held if name.endswith(TOKENS)), None)
-    if trunk is None or (trunk and config.get("model_type")):
+    if trunk is None or config.get("model_type" if trunk else "auto_map"):
         return False
-    return any(name.startswith(trunk + "layers.") and name.endswith("." + QUERIES) for name in held)
+    return any(name.startswith(f"{trunk}layers.") and name.endswith(QUERIES) for name in held)
 
 
 def hold_ranks(files: Sequence[Path]) -> tuple[Held, dict[str, str]]:
@@ -109,7 +111,7 @@ def convert(held: Held, files: Sequence[Path], config: Mapping[str, Any]) -> dic
     ranks = max(len(specs) for specs in held.values())
     tensors = {}
     for name, specs in held.items():
-        if COMPUTED.fullmatch(name):
+        if name in COMPUTED:
             continue
         target, module = _rename(name, specs[0])
         if len(specs) != ranks:
@@ -134,7 +136,7 @@ def rename_shared(shared: Mapping[str, str], tensors: Collection[TensorSpec]) ->
     """Return Hugging Face's names of tensors that share memory; what is not stored there is left out."""
     names = {spec.pieces.parts[0].name: spec for spec in tensors if spec.pieces}
     pairs = [(name, names[kept]) for name, kept in shared.items() if kept in names]
-    return {_rename(name, spec)[0]: spec.name for name, spec in pairs if not COMPUTED.fullmatch(name)}
+    return {_rename(name, spec)[0]: spec.name for name, spec in pairs if name not in COMPUTED}
 
 
 def _rename(name: str, spec: TensorSpec) -> tuple[str, str]:
@@ -200,9 +202,8 @@ def _say(shape: tuple[int | None, ...]) -> str:
 def _read_heads(held: Held, files: Sequence[Path], config: Mapping[str, Any]) -> Heads:
     """Take the sizes from params.json beside the files, from config.json, or from the stored rotary frequencies."""
     folder = files[0].parent
-    params = read_json(folder / PARAMS) if (folder / PARAMS).is_file() else {}
-    nested = config.get("text_config")
-    settings = nested if isinstance(nested, dict) else config
+    params = _inner(read_json(folder / PARAMS) if (folder / PARAMS).is_file() else {}, "model")
+    settings = _inner(config, "text_config")
     queries, keys, rows, width = (
         next((n for n in (params.get(own), settings.get(other)) if type(n) is int and n > 0), 0)
         for own, other in (
@@ -215,8 +216,8 @@ def _read_heads(held: Held, files: Sequence[Path], config: Mapping[str, Any]) ->
     source = folder / (PARAMS if params else "config.json")
     norm = next((specs[0].shape for name, specs in held.items() if name == "norm.weight"), ())
     width = width or (norm[0] if norm else 0)
-    freqs = next((specs[0] for name, specs in held.items() if COMPUTED.fullmatch(name)), None)
-    if not queries and freqs is not None and len(freqs.shape) == 1 and width and 0 not in freqs.shape:
+    freqs = held[FREQUENCIES][0] if FREQUENCIES in held else None
+    if not queries and freqs and len(freqs.shape) == 1 and width and 0 not in freqs.shape:
         rows, source = 2 * freqs.shape[0], freqs.file  # Llama 1 and 2 alone store them, where heads make up the width
         queries = width // rows
         stored = next((specs for name, specs in held.items() if name.endswith("attention.wk.weight")), [])
@@ -229,6 +230,11 @@ def _read_heads(held: Held, files: Sequence[Path], config: Mapping[str, Any]) ->
         )
         raise CheckpointError(message)
     return Heads(queries, keys or queries, rows or width // queries, width, source)
+
+
+def _inner(settings: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    inner = settings.get(key)
+    return inner if isinstance(inner, dict) else settings
 
 
 def refuse_rank(file: Path) -> CheckpointError:

@@ -117,9 +117,11 @@ def _open_file(file: Path, *, ref: str) -> Opened | ForeignAdapter:
         message = f"Cannot open '{file}': it is {what}."
         raise CheckpointError(message)
     opened = _open_weights([file], ref=ref, config=_read_config(folder))
-    if isinstance(opened, Checkpoint) and (missing := weight_files.missing_shards([file.name])):
-        return _remark(opened, f"'{ref}' alone is read, one of {len(missing) + 1} files that hold the model")
-    return opened
+    if not isinstance(opened, Checkpoint):
+        return opened
+    if missing := weight_files.missing_shards([file.name]):
+        opened = _remark(opened, f"'{ref}' alone is read, one of {len(missing) + 1} files that hold the model")
+    return with_modules(opened)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -145,7 +147,10 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Ope
         raise CheckpointError(message)
     tensors = attach_scales(tensors, config, source=files[0])
     found = Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases, layout=layout)
-    text = f"'{ref}' is in {layout} layout: read under Hugging Face's names, q and k in its order of rows"
+    text = (
+        f"'{ref}' is in {layout} layout: read under Hugging Face's names, q and k in its order of rows, so that "
+        "adapters fit the converted model"
+    )
     return _remark(found, text) if layout else found
 
 

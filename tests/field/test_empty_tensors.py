@@ -127,3 +127,15 @@ def test_integers_in_kohyas_naming_are_no_factors(tmp_path):
     save_file(tensors | {f"{flat}.lora_up.weight": torch.ones(d_out, 2)}, tmp_path / "style.safetensors")
     base = write(tmp_path / "base", random_state(LLAMA), LLAMA.config)
     assert "lora_down.weight' in" in refused("merge", base, tmp_path / "style.safetensors", "-o", tmp_path / "out")
+
+
+def test_an_adapter_that_is_attached_is_looked_at_too(tmp_path, base):
+    pytest.importorskip("transformers")
+    d_out, d_in = LLAMA.tensors[f"{Q}.weight"]
+    for empty in ("lora_magnitude_vector", "lora_A.weight"):
+        tensors = factors(Q, d_out=d_out, d_in=d_in) | {f"{Q}.lora_magnitude_vector": torch.ones(d_out)}
+        tensors[f"{Q}.{empty}"] = torch.empty(0)
+        adapter = write_adapter(tmp_path / empty, tensors, use_dora=True, target_modules=["q_proj"])
+        said = refused("analyze", base, adapter, "-o", tmp_path / "out")
+        assert "ZeRO-3" in said
+        assert f"{Q}.{empty}'" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from tests.field.meta_models import (
     write_meta,
 )
 from tests.io.files import refusal
+from tests.io.test_hub import Hub, opened
 
 
 def read(folder):
@@ -69,11 +71,13 @@ def test_attention_scores_are_those_of_metas_rotary_embedding():
     assert torch.allclose(metas[0] @ metas[1].T, theirs[0] @ theirs[1].T)
 
 
-@pytest.mark.parametrize("source", ["params", "config", "nested"])
+@pytest.mark.parametrize("source", ["params", "model", "config", "nested"])
 def test_heads_come_from_what_lies_beside(tmp_path, source):
     state = hugging_face(0)
     folder = write_meta(tmp_path / "m", meta(state), 2, params=source == "params")
-    if source != "params":
+    if source == "model":
+        (folder / "params.json").write_text(json.dumps({"model": PARAMS}))
+    elif source != "params":
         (folder / "config.json").write_text(json.dumps(CONFIG if source == "config" else {"text_config": CONFIG}))
     assert_same(read(folder), state)
 
@@ -82,11 +86,12 @@ def test_stored_frequencies_tell_the_heads_where_they_make_up_the_width(tmp_path
     """Llama 1 and 2 store rope.freqs, one for each pair of a head's rows."""
     tensors = {"tok_embeddings.weight": torch.randn(9, 16), "norm.weight": torch.ones(16), "rope.freqs": torch.ones(4)}
     query, key = torch.randn(16, 16), torch.randn(8, 16)
+    tensors["freqs_cis"] = torch.ones(7, 4)  # what torchtitan keeps beside
     tensors |= {"layers.0.attention.wq.weight": turn_back(query, 2), "layers.0.attention.wk.weight": turn_back(key, 1)}
     found = read(write_meta(tmp_path / "m", tensors, params=False))
     assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], query)
     assert torch.equal(found["model.layers.0.self_attn.k_proj.weight"], key)
-    assert not any("rope" in name for name in found)
+    assert not any("rope" in name or "freqs" in name for name in found)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -237,6 +242,42 @@ def test_other_heads_are_another_source(tmp_path):
     before = fingerprint(open_plain(folder))
     (folder / "params.json").write_text(json.dumps(PARAMS | {"vocab_size": -1}))
     assert fingerprint(open_plain(folder)) != before
+
+
+def test_joined_queries_keys_and_values_in_metas_order_are_not_taken_for_hugging_faces(tmp_path):
+    """gpt-fast joins wq, wk and wv of converted files, and keeps the order of their rows."""
+    named = meta(hugging_face(0))
+    joined = {name: tensor for name, tensor in named.items() if not name.endswith(("wq.weight", "wk.weight"))}
+    joined["layers.0.attention.wqkv.weight"] = torch.randn(64, 24)
+    torch.save(joined, tmp_path / "model.pth")
+    assert "convert" in refusal(tmp_path)
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS))
+    assert "'layers.0.attention.wqkv.weight'" in refusal(tmp_path)
+
+
+def test_a_model_with_code_of_its_own_keeps_its_names(tmp_path):
+    named = meta(hugging_face(0))
+    save_file(named, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoModel": "own.Own"}}))
+    assert_same(read(tmp_path), named)
+    prefixed = {f"model.{name}": tensor for name, tensor in named.items()}
+    save_file(prefixed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own"}))
+    assert_same(read(tmp_path), prefixed)
+
+
+def test_a_model_of_the_hub_comes_with_its_sizes(tmp_path):
+    server = Hub(tmp_path / "remote")
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        write_meta(server.root / "owner" / "name", meta(hugging_face(0)), 2)
+        (found,) = opened("owner/name", home=tmp_path / "home", endpoint=server.endpoint)
+        assert set(found["tensors"]) == set(hugging_face(0))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_a_diffusion_transformer_of_like_names_is_no_language_model(tmp_path):

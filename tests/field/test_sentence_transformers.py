@@ -105,6 +105,15 @@ def test_a_merged_folder_has_every_module_byte_for_byte(tmp_path, pickled):
     assert (merged / "2_Dense" / "config.json").exists()
 
 
+def test_a_base_named_by_its_file_is_the_same_model(tmp_path, sides):
+    """What merge copies beside the weights, modules.json too, is the same in either way."""
+    file = open_plain(sides[0] / "model.safetensors")
+    assert file.tensors == open_plain(sides[0]).tensors
+    assert file.folders == ("1_Pooling", "2_Dense", "3_Normalize")
+    (inner,) = [spec for spec in file.tensors.values() if spec.name == "2_Dense.linear.bias"]
+    assert torch.equal(read_tensor(inner), load_file(sides[0] / "2_Dense" / "model.safetensors")["linear.bias"])
+
+
 def test_a_model_of_the_hub_comes_with_its_modules(tmp_path):
     server = Hub(tmp_path / "remote")
     thread = threading.Thread(target=server.serve_forever)

@@ -12,6 +12,7 @@ from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
 from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.intact import refuse_empty
 from deltaspec.io.matrix import read_tensor
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
@@ -138,6 +139,7 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
 
 def _read(file: Path) -> dict[str, Tensor]:
     tensors, _ = shards.list_tensors(file)
+    refuse_empty(tensors.values())
     return {name: read_tensor(spec) for name, spec in tensors.items()}
 
 
