@@ -86,6 +86,19 @@ def test_no_adapter_carries_it_and_the_share_that_is_kept_knows(tmp_path, sides,
     assert rows["2_Dense.linear.weight"]["share"] == pytest.approx(dense / total, rel=1e-4)
 
 
+def test_what_changes_beside_the_model_changes_nothing_of_its_adapter(tmp_path):
+    """Biases of the model decide how embeddings are stored; a Dense's are none of them."""
+    options, stored = ExtractOptions(form=FormOptions(extras="all")), []
+    for dense in (0, 1):
+        base, tuned = (sentence_model(tmp_path / f"{dense}{n}", n, dense_seed=n * dense) for n in (0, 1))
+        state = random_state(BERT, seed=1) | {k: v for k, v in random_state(BERT).items() if k.endswith("bias")}
+        save_file(state, tuned / "model.safetensors")
+        deltaspec.extract(base, tuned, tmp_path / str(dense), options=options)
+        stored.append(load_file(tmp_path / str(dense) / "adapter_model.safetensors"))
+    assert stored[0].keys() == stored[1].keys()
+    assert all(torch.equal(tensor, stored[1][name]) for name, tensor in stored[0].items())
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_merged_folder_has_every_module_byte_for_byte(tmp_path, pickled):
     base, tuned = (sentence_model(tmp_path / str(n), n, dense_seed=0, pickled=pickled) for n in (0, 1))

@@ -40,10 +40,11 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
     if isinstance(first, AdapterIndex):
         message = f"The base {first.ref} is an adapter: pass its base model, or use deltaspec combine for two adapters."
         raise PairingError(message)
-    modules, left = group_modules(plan, first, split_fused=options.form.split_fused)
+    grouped, left = group_modules(plan, first, split_fused=options.form.split_fused)
+    left |= {module.name: BESIDE for module in grouped if is_beside(module.name, first)}
+    modules = [module for module in grouped if module.name not in left]
     with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
     reasons = {m.name: reason for m in modules if (reason := _why_not(m, options.form, with_biases=with_biases))}
-    reasons |= {module.name: BESIDE for module in modules if is_beside(module.name, first)}
     refused = _refused_by_peft([m for m in modules if m.name not in reasons], first, target=options.form.target)
     left |= reasons | {module.name: refused[module.path] for module in modules if module.path in refused}
     kept = tuple(module for module in modules if module.name not in left)
