@@ -9,7 +9,6 @@ from deltaspec.errors import CheckpointError
 from deltaspec.files.dtypes import GRIDS
 from deltaspec.types import AdapterIndex, Checkpoint, Opened, TensorSpec
 
-PARAMETERS = (".weight", ".bias")  # what torch trains under these names is never a buffer of integers
 FACTOR = re.compile(r"lora_(embedding_)?[AB]\b|lora_(up|down)\b")
 GATHER = (
     "DeepSpeed ZeRO-3 saves so what it has not gathered: save it again with stage3_gather_16bit_weights_on_model_save, "
@@ -41,7 +40,7 @@ def refuse_integers(tensors: Iterable[TensorSpec]) -> None:
         Naming tensor, file, and what was found.
     """
     for spec in tensors:
-        if spec.dtype not in GRIDS and (FACTOR.search(spec.name) or spec.name.endswith(PARAMETERS)):
+        if spec.dtype not in GRIDS and (FACTOR.search(spec.name) or _is_parameter(spec)):
             message = (
                 f"Cannot use '{spec.name}' in '{spec.file}': expected a floating-point parameter, found dtype "
                 f"{spec.dtype} and shape {spec.shape}; save the adapter again from the model as it was trained, not "
@@ -64,12 +63,17 @@ def refuse_partial(base: Opened, tuned: Opened) -> None:
     theirs = tuned.tensors if isinstance(tuned, Checkpoint) else tuned.full
     for name in sorted(ours.keys() & theirs.keys()):
         _compare(ours[name], theirs[name], ("base", "tuned model"))
-        if isinstance(tuned, AdapterIndex) or (name.endswith(PARAMETERS) and len(ours[name].shape) > 1):
+        if isinstance(tuned, AdapterIndex) or (name.endswith(".weight") and len(ours[name].shape) > 1):
             _compare_kinds(ours[name], theirs[name])
     for mine, other, sides in ((ours, theirs, ("base", "tuned model")), (theirs, ours, ("tuned model", "base"))):
         for name, spec in other.items():
             if 0 in spec.shape and name not in mine and (twin := _twin(name, mine)) and 0 not in twin.shape:
                 raise _empty(spec, twin, sides)
+
+
+def _is_parameter(spec: TensorSpec) -> bool:
+    """Tell whether a tensor is trained, by its name; GPT-2's attn.bias is a mask, stored as floats or as integers."""
+    return spec.name.endswith(".weight") or (spec.name.endswith(".bias") and len(spec.shape) < 2)
 
 
 def _compare(base: TensorSpec, tuned: TensorSpec, sides: tuple[str, str]) -> None:

@@ -111,6 +111,19 @@ def test_a_matrix_stored_as_integers_beside_floats_is_refused(tmp_path, base):
     assert "dequantise" in said
 
 
+def test_a_mask_stored_as_floats_here_and_as_integers_there_is_no_damage(tmp_path):
+    """GPT-2's attn.bias and CLIP's position_ids changed their dtype with versions of transformers."""
+    kinds = (torch.float32, torch.bool), (torch.int64, torch.float32)
+    sides = []
+    for number, (mask, places) in enumerate(zip(*kinds, strict=True)):
+        state = random_state(LLAMA, seed=number)
+        state |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4).to(mask), "position_ids": torch.arange(4)[None].to(places)}
+        sides.append(write(tmp_path / str(number), state, LLAMA.config))
+    run = deltaspec.analyze(*sides, tmp_path / "run")
+    assert {row["tensor"] for row in run.manifest["skipped"]} == {"h.0.attn.bias", "position_ids"}
+    assert len(run.records) == len([name for name, shape in LLAMA.tensors.items() if len(shape) > 1])
+
+
 def test_what_is_empty_on_both_sides_is_no_damage(tmp_path):
     states = [random_state(LLAMA, seed=seed) | {"model.unused.weight": torch.empty(0, 4)} for seed in (0, 1)]
     base, tuned = (write(tmp_path / str(number), state, LLAMA.config) for number, state in enumerate(states))
