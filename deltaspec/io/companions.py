@@ -12,7 +12,8 @@ from deltaspec.errors import CheckpointError
 from deltaspec.files.atomic import unwritten, write_whole
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io import hub
-from deltaspec.io.shards import PICKLED
+from deltaspec.io.sentence_modules import homes_of, inner_files
+from deltaspec.io.weight_files import PICKLED, is_index, without_label
 from deltaspec.types import Checkpoint
 
 WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt", ".nemo", ".distcp")
@@ -22,7 +23,8 @@ CONFIG = "config.json"
 
 def is_companion(name: str) -> bool:
     """Tell whether a file of this name, at a checkpoint's top, is anything but weights in some format."""
-    return "/" not in name and not name.startswith(".") and not name.lower().endswith((*WEIGHTS, *OTHERS))
+    weights = name.lower().endswith((*WEIGHTS, *OTHERS)) or is_index(name)
+    return "/" not in name and not name.startswith(".") and not weights
 
 
 def find_companions(base: Checkpoint) -> tuple[list[Path], str]:
@@ -31,18 +33,19 @@ def find_companions(base: Checkpoint) -> tuple[list[Path], str]:
     Returns
     -------
     list of Path
-        Plain files at the top; of links only those that stay in the folder, or in the hub's cache around it. None of a
-        lone file without config.json, whose neighbours may belong to other models.
+        Plain files at the top, and all files of sentence-transformers' further modules; of links only those that stay
+        in the folder, or in the hub's cache around it. None of a lone file without config.json, whose neighbours may
+        belong to other models.
     str
         Why some may be missing, else "".
     """
     note = _fetch(base) if base.revision else ""
     if not (base.root / CONFIG).exists() and Path(base.ref).expanduser().is_file():
         return [], note
-    root = base.root.resolve()
-    homes = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    homes = homes_of(base.root)
     beside = [path for path in sorted(base.root.iterdir()) if is_companion(path.name) and path.is_file()]
-    return [path for path in beside if any(path.resolve().is_relative_to(home) for home in homes)], note
+    kept = [path for path in beside if any(path.resolve().is_relative_to(home) for home in homes)]
+    return kept + [path for folder in base.folders for path in inner_files(base.root, folder)], note
 
 
 def _fetch(base: Checkpoint) -> str:
@@ -55,8 +58,8 @@ def _fetch(base: Checkpoint) -> str:
     return ""
 
 
-def copy_companions(files: list[Path], folder: Path, *, config: dict[str, Any] | None) -> None:
-    """Copy files into a folder; ``config``, where it is given, is written as config.json instead of the file's own.
+def copy_companions(files: list[Path], folder: Path, *, root: Path, config: dict[str, Any] | None) -> None:
+    """Copy files of ``root`` into a folder; ``config``, where it is given, is written instead of its config.json.
 
     Raises
     ------
@@ -64,13 +67,15 @@ def copy_companions(files: list[Path], folder: Path, *, config: dict[str, Any] |
         If a file cannot be written.
     """
     for path in files:
-        if config is not None and path.name == CONFIG:
+        place = folder / path.relative_to(root)
+        if config is not None and path == root / CONFIG:
             write_whole(folder / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
             continue
         try:
-            shutil.copyfile(path, folder / path.name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
         except OSError as cause:
-            raise unwritten(folder / path.name, cause) from cause
+            raise unwritten(place, cause) from cause
 
 
 def adjust_config(
@@ -109,8 +114,13 @@ def untie(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def output_name(name: str) -> str:
-    """Name the safetensors file that a weight file becomes."""
-    stem, dot, suffix = name.rpartition(".")
-    if f"{dot}{suffix}" not in PICKLED:
-        return name
-    return re.sub(r"(^|/)pytorch_model", r"\1model", stem) + ".safetensors"
+    """Name the safetensors file that a weight file becomes: one that is loaded by default, without a variant's label.
+
+    >>> output_name("pytorch_model.bin"), output_name("model-00001-of-00002.fp16.safetensors"), output_name("last.pt")
+    ('model.safetensors', 'model-00001-of-00002.safetensors', 'last.safetensors')
+    """
+    place, slash, file = name.rpartition("/")
+    stem, dot, suffix = without_label(file).rpartition(".")
+    if f"{dot}{suffix}" in PICKLED:
+        stem, suffix = re.sub(r"^pytorch_model", "model", stem), "safetensors"
+    return f"{place}{slash}{stem}{dot}{suffix}"

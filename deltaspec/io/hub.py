@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io import peft, shards
+from deltaspec.io import peft, shards, weight_files
+from deltaspec.io.meta_layout import PARAMS
+from deltaspec.io.sentence_modules import FILES, LIST, lacks_weights, list_folders
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?", re.ASCII)
 PATIENCE = 5.0  # seconds until an unreachable hub is given up, name lookup included
@@ -40,7 +42,7 @@ def fetch(repo: str, revision: str) -> tuple[Path, str]:
     from huggingface_hub import constants
 
     folder = _cached(repo, revision)
-    if folder is not None and _needed(folder) == [] and _has_config(folder):
+    if folder is not None and _needed(folder) == [] and _has_config(folder) and not lacks_weights(folder):
         return folder, folder.name
     try:
         if constants.HF_HUB_OFFLINE:
@@ -109,7 +111,7 @@ def _cached(repo: str, revision: str) -> Path | None:
 
 
 def _has_config(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", peft.CONFIG))
+    return any((folder / name).exists() for name in ("config.json", peft.CONFIG, PARAMS))
 
 
 def _choose(names: list[str]) -> list[str]:
@@ -117,7 +119,7 @@ def _choose(names: list[str]) -> list[str]:
     adapter = next((name for name in peft.WEIGHTS if name in names), None)
     if peft.CONFIG in names and adapter:
         return [adapter]
-    return list(shards.choose_weights(names))
+    return list(weight_files.choose_weights(names))
 
 
 def _needed(folder: Path) -> list[str] | None:
@@ -126,7 +128,7 @@ def _needed(folder: Path) -> list[str] | None:
     if not chosen:
         return None
     if not chosen[0].endswith(".json"):
-        return shards.missing_shards(chosen)
+        return weight_files.missing_shards(chosen)
     files = set(shards.read_index(folder / chosen[0]).values())
     return sorted(file for file in files if not (folder / file).exists())
 
@@ -140,12 +142,16 @@ def _download(repo: str, revision: str) -> tuple[Path, str]:
         listed = ", ".join(sorted(names)[:8]) or "nothing"
         what = f"it has no weights in safetensors or .bin, only {listed}; choose another revision or convert it"
         raise _failure(repo, revision, what)
-    configs = [name for name in ("config.json", peft.CONFIG) if name in names]
+    configs = [name for name in ("config.json", peft.CONFIG, PARAMS) if name in names]
     folder = Path()
     for name in [*configs, *chosen]:
         folder = _get(repo, name, revision)
     for name in _needed(folder) or []:
         _get(repo, name, folder.name)
+    if LIST in names:
+        inner = tuple(f"{name}/" for name in list_folders(_get(repo, LIST, folder.name) / LIST))
+        for name in [name for name in names if name.startswith(inner)][:FILES] if inner else ():
+            _get(repo, name, folder.name)
     return folder, folder.name
 
 

@@ -7,9 +7,12 @@ from torch import Tensor
 
 from deltaspec.errors import CheckpointError
 from deltaspec.files import tensor_reader
+from deltaspec.files.dtypes import DTYPES
 from deltaspec.io import pickled
 from deltaspec.io.quantised import dequantise, fit_block, scale_grid
-from deltaspec.types import LowRankDelta, LowRankSource, LowRankTerm, MatrixSource, TensorSpec, View
+from deltaspec.types import LowRankDelta, LowRankSource, LowRankTerm, MatrixSource, Pieces, TensorSpec, View
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def read_tensor(spec: TensorSpec) -> Tensor:
@@ -20,6 +23,8 @@ def read_tensor(spec: TensorSpec) -> Tensor:
     CheckpointError
         If the file is gone, damaged, or no longer what its header said.
     """
+    if spec.pieces:
+        return _join(spec, spec.pieces)
     mapped = spec.file.name.endswith(".safetensors")
     tensor = tensor_reader.load_tensor(spec) if mapped else pickled.load_tensor(spec)
     if tuple(tensor.shape) != spec.shape:
@@ -29,6 +34,26 @@ def read_tensor(spec: TensorSpec) -> Tensor:
         )
         raise CheckpointError(message)
     return tensor
+
+
+def _join(spec: TensorSpec, pieces: Pieces) -> Tensor:
+    """Put a tensor together from the stored ones; only where there are several, or rows move, is it copied, once."""
+    if len(pieces.parts) == 1 and not pieces.heads:
+        return read_tensor(pieces.parts[0])
+    whole = torch.empty(spec.shape, dtype=DTYPES[spec.dtype].torch)
+    bits = BITS[whole.element_size()]  # torch moves no rows of fp8
+    target, half, start = whole.view(bits), spec.shape[0] // max(2 * pieces.heads, 1), 0
+    for part in pieces.parts:
+        values = read_tensor(part).view(bits)
+        stop = start + part.shape[pieces.axis]
+        if pieces.heads:
+            rows = torch.arange(start, stop)
+            head, row = rows // (2 * half), rows % (2 * half)
+            target[head * 2 * half + row % 2 * half + row // 2] = values
+        else:
+            target.narrow(pieces.axis, start, stop - start).copy_(values)
+        start = stop
+    return whole
 
 
 class StoredMatrix:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltaspec.architecture.canonical_names import canonical_names
 from deltaspec.errors import CheckpointError
-from deltaspec.files import json_file, tensor_reader
-from deltaspec.io import hub, kohya, peft, shards
+from deltaspec.files import json_file
+from deltaspec.files.tensor_reader import Contents
+from deltaspec.io import hub, kohya, meta_layout, peft, shards, weight_files
+from deltaspec.io.intact import refuse_integers
 from deltaspec.io.quantised import attach_scales, check_config
-from deltaspec.types import Checkpoint, ForeignAdapter, Opened, SourceIdentity
+from deltaspec.io.sentence_modules import with_modules
+from deltaspec.types import Checkpoint, ForeignAdapter, Opened
 
-SUFFIXES = (".safetensors", *shards.PICKLED)
+SUFFIXES = (".safetensors", *weight_files.PICKLED)
 CONVERT = "convert it to a Hugging Face folder with safetensors"
 DISTRIBUTED = f"a distributed checkpoint (FSDP or DCP); consolidate it with torch.distributed.checkpoint and {CONVERT}"
 UNREADABLE = {
@@ -32,8 +32,7 @@ UNREADABLE = {
     ".ckpt": "a pickled training checkpoint; rename it to end in .pt if it holds only tensors",
 }
 FOREIGN_LORA = re.compile(r".*(lora_(embedding_)?[AB]\b|lora_(up|down)\.weight$|\.lora\.(up|down)\.weight$)")
-SAMPLE = 4096
-SAMPLES = 64
+PIPELINE = "model_index.json"  # of diffusers, whose components are folders
 
 
 def open_plain(ref: str | Path) -> Opened:
@@ -94,25 +93,36 @@ def _open_folder(folder: Path, *, ref: str) -> Opened | ForeignAdapter:
     if peft.CONFIG in names and any(name in names for name in peft.WEIGHTS):
         return peft.open_adapter(folder, ref=ref)
     config = _read_config(folder)
-    chosen = shards.choose_weights(names)
-    if not chosen:
+    files = weight_files.find_weights(folder, names)
+    if not files or (PIPELINE in names and _inner_folders(folder, names)):
         raise CheckpointError(_nothing_readable(folder, names))
-    if len(chosen) > 1 and (missing := shards.missing_shards(chosen)):
-        message = f"Cannot open '{folder}': '{missing[0]}' is missing beside its other shards; download it."
-        raise CheckpointError(message)
-    return _open_weights([folder / name for name in chosen], ref=ref, config=config)
+    opened = _open_weights(files, ref=ref, config=config)
+    if not isinstance(opened, Checkpoint):
+        return opened
+    if others := weight_files.passed_over(names, [file.name for file in files]):
+        opened = _remark(opened, f"of '{ref}' {files[0].name} is read, and not {', '.join(others)} beside it")
+    return with_modules(opened)
+
+
+def _remark(opened: Checkpoint, text: str) -> Checkpoint:
+    return replace(opened, notes=(*opened.notes, text))
 
 
 def _open_file(file: Path, *, ref: str) -> Opened | ForeignAdapter:
     folder = file.parent
     if file.name in (peft.CONFIG, *peft.WEIGHTS) and (folder / peft.CONFIG).is_file():
         return peft.open_adapter(folder, ref=ref)
-    if not file.name.endswith((*SUFFIXES, ".index.json")):
+    if not file.name.endswith(SUFFIXES) and not weight_files.is_index(file.name):
         suffix = next((suffix for suffix in UNREADABLE if file.name.endswith(suffix)), "")
         what = UNREADABLE.get(suffix, f"none of {', '.join(SUFFIXES)} and index.json; {CONVERT}")
         message = f"Cannot open '{file}': it is {what}."
         raise CheckpointError(message)
-    return _open_weights([file], ref=ref, config=_read_config(folder))
+    opened = _open_weights([file], ref=ref, config=_read_config(folder))
+    if not isinstance(opened, Checkpoint):
+        return opened
+    if missing := weight_files.missing_shards([file.name]):
+        opened = _remark(opened, f"'{ref}' alone is read, one of {len(missing) + 1} files that hold the model")
+    return with_modules(opened)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -123,14 +133,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Opened:
     """List the tensors of one index, or of files that belong together."""
     check_config(config, source=files[0])
-    if files[0].name.endswith(".json"):
-        opened, (tensors, aliases) = shards.gather_indexed(files[0])
-    else:
-        opened, (tensors, aliases) = tuple(files), shards.gather(files)
+    opened, (tensors, aliases), layout = _list_tensors(files, config)
     if not tensors:
         message = f"Cannot use '{files[0]}': it holds no tensors; check that it is a model's weights."
         raise CheckpointError(message)
     if kohya.is_kohya(tensors):
+        refuse_integers(tensors.values())
         return kohya.index_adapter(files[0], tensors, ref=ref)
     if lora := next((name for name in tensors if FOREIGN_LORA.match(name)), None):
         message = (
@@ -139,7 +147,31 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Ope
         )
         raise CheckpointError(message)
     tensors = attach_scales(tensors, config, source=files[0])
-    return _without_wrappers(Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases))
+    found = _without_wrappers(
+        Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases, layout=layout)
+    )
+    text = (
+        f"'{ref}' is in {layout} layout: read under Hugging Face's names, q and k in its order of rows, so that "
+        "adapters fit the converted model"
+    )
+    return _remark(found, text) if layout else found
+
+
+def _list_tensors(files: list[Path], config: dict[str, Any]) -> tuple[tuple[Path, ...], Contents, str]:
+    """List the tensors of one index or of files that belong together, and say in whose layout they are stored."""
+    opened, ranks = tuple(files), all(meta_layout.RANK.fullmatch(file.name) for file in files)
+    if ranks:
+        held, aliases = meta_layout.hold_ranks(files)
+    else:
+        indexed = files[0].name.endswith(".json")
+        opened, (tensors, aliases) = shards.gather_indexed(files[0]) if indexed else (opened, shards.gather(files))
+        held = {name: [spec] for name, spec in tensors.items()}
+    if meta_layout.is_meta(held, config):
+        tensors = meta_layout.convert(held, opened, config)
+        return opened, (tensors, meta_layout.rename_shared(aliases, tensors.values())), "Meta's"
+    if ranks:
+        raise meta_layout.refuse_rank(files[0])
+    return opened, (tensors, aliases), ""
 
 
 def _without_wrappers(opened: Checkpoint) -> Checkpoint:
@@ -162,77 +194,18 @@ def _without_wrappers(opened: Checkpoint) -> Checkpoint:
 
 def _nothing_readable(folder: Path, names: list[str]) -> str:
     """Say what a folder holds instead of weights, and what to do."""
-    for suffix, what in UNREADABLE.items():
+    inner = _inner_folders(folder, names)
+    for suffix, what in UNREADABLE.items() if PIPELINE not in names else ():
         if found := next((name for name in names if name.endswith(suffix)), None):
             return f"Cannot open '{folder}': '{found}' is {what}."
     if peft.CONFIG in names:
         return f"Cannot open '{folder}': it has '{peft.CONFIG}' and none of {', '.join(peft.WEIGHTS)}; download them."
-    inner = [
-        name
-        for name in names
-        if (folder / name).is_dir() and shards.choose_weights([entry.name for entry in (folder / name).iterdir()])
-    ]
     if inner:
         return f"Cannot open '{folder}': its weights lie in folders; open one of {', '.join(inner)}."
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
     return f"Cannot open '{folder}': expected {', '.join(SUFFIXES)} or an index.json, found {listed}; check the path."
 
 
-def fingerprint(source: Opened | ForeignAdapter) -> dict[str, str]:
-    """Hash a checkpoint's files from their sizes, headers and samples, never reading them whole.
-
-    Returns
-    -------
-    dict of str
-        File name within the checkpoint → 32 hexadecimal digits; the same wherever and whenever the file was copied.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read.
-    """
-    settings = source.root / ("config.json" if isinstance(source, Checkpoint) else peft.CONFIG)
-    files = [*source.files, *([settings] if source.config and settings.is_file() else [])]
-    return {file.relative_to(source.root).as_posix(): _hash(file) for file in files}
-
-
-def identify_source(source: Opened | ForeignAdapter) -> SourceIdentity:
-    """Say which files a source is, for a manifest: what was asked for, revision, fingerprints, times of modification.
-
-    Fingerprints are samples, so times are kept too: an edit between samples is not missed.
-    """
-    modified = {file.name: file.stat().st_mtime_ns for file in source.files}
-    return {"ref": source.ref, "revision": source.revision, "files": fingerprint(source), "modified": modified}
-
-
-def _hash(file: Path) -> str:
-    try:
-        digest = hashlib.sha256(str(file.stat().st_size).encode())
-        with file.open("rb", buffering=0) as stream:
-            for start, length in _samples(file, digest):
-                stream.seek(start)
-                digest.update(stream.read(length))
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as cause:  # the last for unknown zip versions
-        message = f"Cannot read '{file}' ({cause}): check that it is still there and whole."
-        raise CheckpointError(message) from cause
-    return digest.hexdigest()[:32]
-
-
-def _samples(file: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) of what is hashed of a file; what its format knows about itself goes in at once."""
-    size = file.stat().st_size
-    if file.name.endswith(".json"):
-        yield 0, size
-    elif file.name.endswith(".safetensors"):
-        raw, header = tensor_reader.read_header(file)
-        digest.update(raw)
-        for entry in (entry for name, entry in header.items() if name != "__metadata__"):
-            begin, end = (len(raw) + offset for offset in entry["data_offsets"])
-            length = min(SAMPLE, end - begin)
-            yield from ((start, length) for start in (begin, (begin + end - length) // 2, end - length))
-    else:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:  # its directory holds a checksum of every tensor
-                digest.update(repr([(record.filename, record.CRC) for record in archive.infolist()]).encode())
-        step = max(size - SAMPLE, 0) / (SAMPLES - 1)
-        yield from ((round(number * step), SAMPLE) for number in range(SAMPLES))
+def _inner_folders(folder: Path, names: list[str]) -> list[str]:
+    places = [name for name in names if (folder / name).is_dir()]
+    return [name for name in places if weight_files.choose_weights([entry.name for entry in (folder / name).iterdir()])]

@@ -12,6 +12,7 @@ from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
 from deltaspec.io import shards
+from deltaspec.io.intact import refuse_empty, refuse_integers
 from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankTerm, TensorSpec
 
 CONFIG = "adapter_config.json"
@@ -74,6 +75,8 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
 def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, TensorSpec]) -> AdapterIndex:
     """Sort the tensors of plain LoRA, and pair its factors."""
     path = file.with_name(CONFIG)
+    refuse_empty(tensors.values())
+    refuse_integers(tensors.values())
     names = canonical_names(tensors)
     factors, full, biases = _sort({names[key].removeprefix(PREFIX): spec for key, spec in tensors.items()})
     if not factors and not full:

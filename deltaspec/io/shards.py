@@ -1,11 +1,10 @@
-"""Weight files, single or sharded: which files belong together, their indexes, headers and tensors."""
+"""Weight files, single or sharded: their indexes, headers and tensors."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 from deltaspec.errors import CheckpointError
@@ -17,58 +16,7 @@ from deltaspec.files.tensor_writer import size_of
 from deltaspec.io import pickled
 from deltaspec.types import Entry, TensorSpec
 
-WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth")
-TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)")
-NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
-
-
-def choose_weights(names: Collection[str]) -> tuple[str, ...]:
-    """Choose from a folder's file names those to open: one index, or the files that hold all weights.
-
-    Safetensors come before pickled files, an index before single files, and the customary name before others;
-    several files without an index are taken together.
-
-    Parameters
-    ----------
-    names : collection of str
-        File names of one folder.
-
-    Returns
-    -------
-    tuple of str
-        One ``*.index.json``, or weight files; empty where there are none.
-
-    Examples
-    --------
-    >>> choose_weights(["config.json", "pytorch_model.bin", "model.safetensors"])
-    ('model.safetensors',)
-    """
-    top = sorted((name for name in names if "/" not in name), key=lambda name: (len(name), name))
-    for suffixes in ((".safetensors",), PICKLED):
-        indexes = [name for name in top if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
-        customary = [name for name in WHOLE if name in top and name.endswith(suffixes)]
-        if indexes or customary:
-            return (indexes[0],) if indexes else (customary[0],)
-        others = [name for name in top if name.endswith(suffixes) and not TRAINING_STATE.match(name)]
-        if others:
-            return tuple(sorted(others))
-    return ()
-
-
-def missing_shards(names: Collection[str]) -> list[str]:
-    """Return the files that the numbering of others (…-00001-of-00003…) promises and that are not there.
-
-    >>> missing_shards(["model-00001-of-00002.safetensors"])
-    ['model-00002-of-00002.safetensors']
-    """
-    promised: set[str] = set()
-    for name in names:
-        if match := NUMBERED.fullmatch(name):
-            stem, _, count, suffix = match.groups()
-            promised |= {f"{stem}-{number + 1:05d}-of-{count}{suffix}" for number in range(int(count))}
-    return sorted(promised - set(names))
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -120,8 +68,9 @@ def gather(files: Iterable[Path]) -> Contents:
         for name in (*found, *shared):
             if name in owner:
                 message = (
-                    f"Cannot tell which '{name}' is meant: both '{owner[name]}' and '{file}' hold it; "
-                    "remove one, or open one file by its own path."
+                    f"Cannot tell which '{name}' is meant: both '{owner[name]}' and '{file}' hold it; if they are two "
+                    "copies of a model, open one by its own path; if each is a tensor-parallel rank with a part of "
+                    "every tensor, join the ranks and convert them to a Hugging Face folder."
                 )
                 raise CheckpointError(message)
             owner[name] = file

@@ -15,6 +15,7 @@ from typing import Any
 
 from deltaspec.errors import RunError
 from deltaspec.files.atomic import is_alive, unwritten
+from deltaspec.io.sentence_modules import LIST, list_folders
 from deltaspec.types.versions import numbers_of
 
 MARK = "deltaspec.json"  # in every folder that deltaspec wrote
@@ -130,8 +131,10 @@ def _replaceable(out: Path) -> bool:
     if out.is_file():
         return out.suffix == ".safetensors"
     inside = list(out.iterdir())
-    folders = [path for path in inside if path.is_dir()]
-    marked = (out / MARK).is_file() or len(folders) == len(inside)  # one folder for each of several adapters
+    marked = (out / MARK).is_file()
+    modules = list_folders(out / LIST) if marked and (out / LIST).is_file() else {}  # merge copies these
+    folders = [path for path in inside if path.is_dir() and path.name not in {name.split("/")[0] for name in modules}]
+    marked = marked or len(folders) == len(inside)  # one folder for each of several adapters
     return marked and all((folder / MARK).is_file() and not _holds_folders(folder) for folder in folders)
 
 

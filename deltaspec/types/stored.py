@@ -19,7 +19,8 @@ class TensorSpec:
 
     ``scale`` is the companion tensor that dequantises it (fp8), one number for each block of ``block`` =
     (rows, columns) elements; the real weight is stored value times scale. ``name`` is canonical, without wrappers;
-    ``wrapped`` is the name in the file where that is another.
+    ``wrapped`` is the name in the file where that is another. ``pieces`` say how it is put together where it does not
+    lie in ``file`` under its own name.
     """
 
     name: str
@@ -29,11 +30,25 @@ class TensorSpec:
     scale: TensorSpec | None = None
     block: tuple[int, int] | None = None
     wrapped: str = ""
+    pieces: Pieces | None = None
 
     @property
     def stored_name(self) -> str:
         """The name in the file."""
         return self.wrapped or self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """How a tensor is put together from stored ones: ``parts``, by the names in their files, joined along ``axis``.
+
+    ``heads`` > 0 marks rows in the order of Meta's rotary embedding: within each head they take turns between its two
+    halves; they are read with the first half before the second.
+    """
+
+    parts: tuple[TensorSpec, ...]
+    axis: int = 0
+    heads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +123,9 @@ class Checkpoint:
     """An opened checkpoint: an index of its tensors, nothing read yet.
 
     ``wrapped`` maps canonical names, of tensors and aliases, to those in the files, where they are others.
+    ``layout`` is "Meta's" where names and rows are Hugging Face's on reading alone; ``folders`` are those of a
+    sentence-transformers model's further modules, whose tensors have the folder in their name; ``notes`` say what of
+    the files is read.
     """
 
     ref: str
@@ -118,6 +136,9 @@ class Checkpoint:
     revision: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # not in tensors → the name it shares memory with
     wrapped: dict[str, str] = field(default_factory=dict)
+    layout: str = ""
+    folders: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

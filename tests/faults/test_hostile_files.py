@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from deltaspec.errors import CheckpointError
+from deltaspec.io.fingerprint import fingerprint
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import fingerprint, open_plain
+from deltaspec.io.open import open_plain
 from deltaspec.types import Checkpoint
 from tests.io.files import refusal, write_checkpoint, write_index, write_raw
 

@@ -66,7 +66,8 @@ def test_the_tokenizer_of_a_model_of_the_hub_comes_along(tmp_path):
 @pytest.mark.parametrize(("name", "kept"), [
     ("tokenizer.model", True), ("vocab.json", True), ("README.md", True), ("modeling_x.py", True),
     ("model.safetensors", False), ("Model.GGUF", False), ("training_args.bin", False), ("rng_state.pth", False),
-    ("model.safetensors.index.json", False), ("tf_model.h5", False), (".cache", False), ("a/b.txt", False),
+    ("model.safetensors.index.json", False), ("model.safetensors.index.fp16.json", False),
+    ("tf_model.h5", False), (".cache", False), ("a/b.txt", False),
     ("..", False),
 ])  # fmt: skip
 def test_which_names_are_companions(name, kept):
@@ -77,10 +78,12 @@ def test_which_names_are_companions(name, kept):
     ("pytorch_model.bin", "model.safetensors"),
     ("pytorch_model-00001-of-00002.bin", "model-00001-of-00002.safetensors"),
     ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
-    ("deep/pytorch_model.fp16.bin", "deep/model.fp16.safetensors"),
+    ("deep/pytorch_model.fp16.bin", "deep/model.safetensors"),
     ("last.pt", "last.safetensors"),
     ("consolidated.00.pth", "consolidated.00.safetensors"),
-    ("model.fp16.safetensors", "model.fp16.safetensors"),
+    ("model.fp16.safetensors", "model.safetensors"),
+    ("model-00001-of-00002.fp16.safetensors", "model-00001-of-00002.safetensors"),
+    ("mine.fp16.safetensors", "mine.fp16.safetensors"),
 ])  # fmt: skip
 def test_what_a_weight_file_becomes(name, wanted):
     assert output_name(name) == wanted

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from deltaspec.errors import PairingError
-from deltaspec.io.open import identify_source, open_plain, open_source
+from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.intact import refuse_partial
+from deltaspec.io.open import open_plain, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
@@ -79,7 +81,10 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
         If the two do not belong together.
     OptionError
         If the first is an adapter that lacks the component that is asked for.
+    CheckpointError
+        If one side stores empty, or as integers, what the other has whole.
     """
+    refuse_partial(first, second)
     if isinstance(first, AdapterIndex):
         if isinstance(second, Checkpoint):
             message = f"The base {first.ref} is an adapter and {second.ref} a full checkpoint: swap the two arguments."
@@ -90,6 +95,9 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
         plan = pair_adapter(first, second, options)
     else:
         plan = pair_checkpoints(first, second, options)
+    for side in (first, second):
+        for text in side.notes if isinstance(side, Checkpoint) else ():
+            plan.note(text)
     refuse_empty(plan, first, second)
     return plan
 

@@ -12,9 +12,10 @@ from deltaspec.architecture.canonical_names import WRAPPER
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
+from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.intact import refuse_empty
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
@@ -152,6 +153,7 @@ def _refuse_unfit(base: Base, adapter: ForeignAdapter) -> Checkpoint:
 def _read(adapter: ForeignAdapter, maps: Sequence[str]) -> dict[str, Tensor]:
     """Read an adapter's tensors, under the names that the model would give them."""
     tensors, _ = shards.list_tensors(adapter.files[0])
+    refuse_empty(tensors.values())
     stored = {WRAPPER.sub("", name): read_tensor(spec) for name, spec in tensors.items()}
     return map_keys(stored, maps, adapter.ref)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from deltaspec.architecture.peft_names import is_parameter
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import OptionError, PairingError
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.io.lay_out import StandIn, lay_out
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source, open_plain
+from deltaspec.io.open import open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
 from deltaspec.pairing.flattened import is_flattened, resolve_flattened, take_component

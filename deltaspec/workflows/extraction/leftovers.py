@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,10 +14,21 @@ from deltaspec.delta import DenseDelta
 from deltaspec.errors import NumericalError
 from deltaspec.io.content import same_content
 from deltaspec.io.matrix import read_low_rank, read_tensor
+from deltaspec.io.sentence_modules import is_beside
 from deltaspec.pairing.modules import grown_rows
 from deltaspec.pairing.plan import VectorPair
-from deltaspec.types import AdapterIndex, LowRankSource, MatrixSource, Note, NoteKind, TensorSpec, WeightPair
+from deltaspec.types import (
+    AdapterIndex,
+    Checkpoint,
+    LowRankSource,
+    MatrixSource,
+    Note,
+    NoteKind,
+    TensorSpec,
+    WeightPair,
+)
 from deltaspec.workflows.extraction.nouns import Finished, Leftover, Rest, Sources
+from deltaspec.workflows.extraction.sources import BESIDE
 from deltaspec.workflows.shared.non_finite import describe_non_finite, locate
 from deltaspec.workflows.shared.vector_changes import change_of
 
@@ -58,7 +70,16 @@ def measure_rest(sources: Sources, rows: Finished, *, device: torch.device) -> R
         _add_vector(rest, vector, sources)
     for note in sources.plan.skipped:
         _add_skipped(rest, sources, note)
+    rest.leftovers = [_apart(leftover, sources) for leftover in rest.leftovers]
     return rest
+
+
+def _apart(leftover: Leftover, sources: Sources) -> Leftover:
+    """Keep a tensor of a module beside the model from being stored whole: PEFT would look for it in the model."""
+    sides = [side for side in (sources.base, sources.tuned) if isinstance(side, Checkpoint)]
+    if not any(is_beside(leftover.name, side) for side in sides):
+        return leftover
+    return replace(leftover, reason=BESIDE, whole=None)
 
 
 def add_left(rest: Rest, name: str, pairs: Sequence[WeightPair], reason: str, device: torch.device = CPU) -> None:

@@ -15,6 +15,7 @@ from deltaspec.files.dtypes import DTYPES
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.peft_layout import Layout
 from deltaspec.io.peft_targets import make_targets
+from deltaspec.io.sentence_modules import is_beside
 from deltaspec.options import ExtractOptions, FormOptions
 from deltaspec.pairing.modules import group_modules, grown_rows
 from deltaspec.pairing.plan import Plan
@@ -25,6 +26,7 @@ from deltaspec.workflows.extraction.servers import refuse_modules, refuse_nothin
 from deltaspec.workflows.shared.vector_changes import change_of
 
 GROWN = "its vocabulary grew, so that --extras all stores it whole"
+BESIDE = "in a module beside the model, which adapters do not reach"
 NO_BIASES = "PEFT has no biases beside factors of an embedding or a bare parameter: --extras all stores it whole"
 
 
@@ -41,8 +43,9 @@ def open_sources(base: str | Path, tuned: str | Path, options: ExtractOptions) -
         message = f"The base {first.ref} is an adapter: pass its base model, or use deltaspec combine for two adapters."
         raise PairingError(message)
     grouped, left = group_modules(plan, first, split_fused=options.form.split_fused)
+    left |= {module.name: BESIDE for module in grouped if is_beside(module.name, first)}
     layout = lay_out(first)
-    modules = [_as_run(module, layout) for module in grouped]
+    modules = [_as_run(module, layout) for module in grouped if module.name not in left]
     with_biases = options.form.extras != "none" and _biases_changed(modules, plan)
     left |= why_left(modules, layout, options.form, with_biases=with_biases)
     kept = tuple(module for module in modules if module.name not in left)

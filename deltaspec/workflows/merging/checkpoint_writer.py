@@ -16,7 +16,9 @@ from deltaspec.files.dtypes import DTYPES, GRIDS, OPTIONS
 from deltaspec.files.tensor_reader import read_header
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.companions import adjust_config, copy_companions, find_companions, output_name
-from deltaspec.io.shards import INDEX, NUMBERED, write_index
+from deltaspec.io.sentence_modules import is_beside
+from deltaspec.io.shards import INDEX, write_index
+from deltaspec.io.weight_files import NUMBERED
 from deltaspec.merging.apply import Loss
 from deltaspec.types import Checkpoint, Entry, MatrixKey, Shape
 from deltaspec.workflows.merging.merge_tensor import copy_tensor, merge_tensor
@@ -72,7 +74,8 @@ def assign_files(rewrite: Rewrite, out: Path) -> Files:
     base, files = rewrite.base, Files()
     for file in base.files:
         name = output_name(file.relative_to(base.root).as_posix())
-        if held := [tensor for tensor, spec in base.tensors.items() if spec.file == file]:
+        held = [tensor for tensor, spec in base.tensors.items() if spec.file == file and not is_beside(tensor, base)]
+        if held:
             files.setdefault(name, []).extend(held)
     changes = rewrite.changes
     new = [*changes.added, *(tensor for tensor in changes.tensors if tensor not in base.tensors)]
@@ -156,5 +159,5 @@ def write_beside(rewrite: Rewrite, files: Files, folder: Path) -> str:
         write_index(folder / index, {name: [rewrite.entry(tensor) for tensor in held] for name, held in files.items()})
     config = adjust_config(base.config, dtype=rewrite.dtype, vocabulary=changes.vocabulary, untied=changes.untied)
     companions, note = find_companions(base)
-    copy_companions(companions, folder, config=config)
+    copy_companions(companions, folder, root=base.root, config=config)
     return note

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from deltaspec.errors import MismatchError, PairingError
 from deltaspec.io.attachment import find_unattached
 from deltaspec.io.content import same_content
+from deltaspec.io.intact import refuse_partial
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.peft_layout import Layout
+from deltaspec.io.sentence_modules import is_beside
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_split_biases
 from deltaspec.pairing.advice import advise_base
@@ -54,9 +56,12 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
     ------
     PairingError
         If an adapter belongs to another base, or two of them replace one tensor by different values.
+    CheckpointError
+        If one stores a tensor empty, or as integers, that the base has whole.
     """
     changes, layout = TensorChanges(), lay_out(base)
     for adapter, weight in adapters:
+        refuse_partial(base, adapter)
         seen, grown = with_grown_rows(base, adapter)
         plan = _pair(seen, adapter)
         plan.pairs = in_base(plan.pairs, grown)
@@ -64,6 +69,9 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
         _check_attachment(changes, adapter, layout)
         _add(changes, _Added(adapter, weight, plan), base)
     settle_ties(changes, base)
+    if beside := next((name for name in changes.tensors if is_beside(name, base)), None):
+        message = f"Cannot merge into {base.ref}: '{beside}' is in a module beside the model, whose files are copied."
+        raise PairingError(message)
     return changes
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.files.atomic import whole_file
-from deltaspec.io.open import identify_source, open_plain
+from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.meta_layout import CONVERT
+from deltaspec.io.open import open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
 from deltaspec.pairing.renamed import choose_names
@@ -65,7 +67,8 @@ def merge(
     inputs = _list_files(source, given)
     with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
         rows = write_files(rewrite, files, staging.path / "built", staging.path / "rows", progress=progress)
-        report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))
+        notes = (*source.notes, *(str(note) for note in rewrite.changes.notes))
+        report = MergeReport(staging.out, facts, rows, notes)
         return _finish(rewrite, files, staging, report)
 
 
@@ -151,6 +154,12 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
     if isinstance(source, AdapterIndex):
         message = f"The base {source.ref} is an adapter: name the checkpoint first, then its adapters."
         raise PairingError(message)
+    if source.layout:
+        message = (
+            f"Cannot merge into {source.ref}: its files are in {source.layout} layout, and adapters are for the model "
+            f"in Hugging Face's; {CONVERT} first."
+        )
+        raise CheckpointError(message)
     coded = next((s for s in source.tensors.values() if s.dtype.startswith("F8")), None)
     if dtype == "auto" and coded and (coded.scale or "quantization_config" in source.config):
         message = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
+from deltaspec.io.intact import refuse_partial
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import Layout
@@ -59,6 +60,7 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
             f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
         )
         raise PairingError(message)
+    refuse_partial(first, index)
     plan = pair_sources(first, second, options)
     refuse_shapes(plan.heads, vocabulary=False)
     claims = read_claims(index, second)

@@ -25,7 +25,7 @@ from deltaspec.workflows.verification.recompute_matrix import (
     total,
 )
 from deltaspec.workflows.verification.tied_factors import check_tied
-from deltaspec.workflows.verification.trio import open_trio
+from deltaspec.workflows.verification.trio import Trio, open_trio
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,22 @@ def verify(
     workers = Workers(resolve_devices(options.device, options.workers), options.memory, progress)
     rows = _recompute(matched.checks, workers)
     rest, absent = check_beside(trio)
-    idle = tuple(f"'{name}' ({why})" for name, why in find_unattached(trio.adapter, trio.layout).items())
     worse, missing = list(matched.homeless), list(matched.missing)
     if trio.claims:
         untrue, lacking = check_tied(trio, trio.claims)
         worse = [row.matrix for row in rows if row.worse and row.matrix not in matched.missing] + worse + untrue
         worse += [row.tensor for row in rest if not row.right]
         missing += lacking + absent + list_unloaded(trio.adapter)
-    if wrapped := trio.adapter.wrapped:
-        idle = (*idle, f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}')")
     found = Verification(tuple(rows), tuple(rest), total(rows), tuple(worse), tuple(missing), trio.claims is not None)
-    return replace(found, unattached=idle, attachment=trio.layout.attachment, one_sided=trio.changed.one_sided)
+    idle, one_sided = tuple(_list_idle(trio)), trio.changed.one_sided
+    return replace(found, unattached=idle, attachment=trio.layout.attachment, one_sided=one_sided)
+
+
+def _list_idle(trio: Trio) -> list[str]:
+    """Say what would have no effect once PEFT loads the adapter, and why."""
+    idle = [f"'{name}' ({why})" for name, why in find_unattached(trio.adapter, trio.layout).items()]
+    wrapped = trio.adapter.wrapped
+    return idle + ([f"{len(wrapped)} tensors whose keys name wrappers ('{wrapped[0]}')"] if wrapped else [])
 
 
 def _recompute(checks: Sequence[Check], workers: Workers) -> list[CheckedMatrix]:
