@@ -86,8 +86,8 @@ def _compare_kinds(base: TensorSpec, tuned: TensorSpec) -> None:
     if kinds[0] != kinds[1]:
         odd, other = (tuned, base) if kinds[0] else (base, tuned)
         message = (
-            f"Cannot use '{odd.stored_name}' in '{odd.file}': its dtype is {odd.dtype} and its shape {odd.shape}, the other "
-            f"side has {other.dtype} and {other.shape}; dequantise the model and save it in safetensors."
+            f"Cannot use '{odd.stored_name}' in '{odd.file}': its dtype is {odd.dtype} and its shape {odd.shape}, the "
+            f"other side has {other.dtype} and {other.shape}; dequantise the model and save it in safetensors."
         )
         raise CheckpointError(message)
 
@@ -95,8 +95,8 @@ def _compare_kinds(base: TensorSpec, tuned: TensorSpec) -> None:
 def _empty(spec: TensorSpec, twin: TensorSpec, sides: tuple[str, str]) -> CheckpointError:
     """Return the error for an empty tensor; ``sides`` are the whole one's name and the empty one's."""
     message = (
-        f"Cannot use '{spec.stored_name}' in '{spec.file}': the {sides[1]} stores it empty, with shape {spec.shape}, where "
-        f"the {sides[0]} has {twin.shape}; {GATHER}."
+        f"Cannot use '{spec.stored_name}' in '{spec.file}': the {sides[1]} stores it empty, with shape {spec.shape}, "
+        f"where the {sides[0]} has {twin.shape}; {GATHER}."
     )
     return CheckpointError(message)
 
