@@ -154,6 +154,8 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
     for target in targets:
         if lies_inside(target.path, path):
             return f"its module would be saved whole with '{target.sources[0]}', which has factors"
+        if path.startswith(f"{target.path}."):
+            return f"its module lies inside that of '{target.sources[0]}', which has factors"
     return ""
 
 

@@ -22,7 +22,7 @@ def describe_holders(model: nn.Module, uses: Uses) -> dict[str, Holder]:
     """Say of every module that has parameters of its own what it is, given what the model's code does with it."""
     kind = getattr(getattr(model, "config", None), "model_type", "")
     found = {}
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         reason = uses.taken.get(path, "")

@@ -48,7 +48,7 @@ class Uses:
 
 def find_uses(model: nn.Module) -> Uses:
     """Look through the source of every class of a model."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # one module may have several names
     uses = Uses()
     for path, module in modules.items():
         cls: Any = type(module)
