@@ -53,7 +53,7 @@ class LayoutOfOutline(Layout):
         places = self.place(module.path)
         stored = self.base.tensors.get(module.path) or self.base.tensors.get(f"{module.path}.weight")
         reason = misfit(places, stored.shape, self._outline) if stored else ""
-        return reason or next((said for place in places if (said := self._refusal(module, place.name))), "")
+        return reason or next((said for place in places if (said := self._refusal(module, place))), "")
 
     def kind(self, module: AdapterModule, name: str) -> str:
         """Return what PEFT takes it for."""
@@ -71,6 +71,10 @@ class LayoutOfOutline(Layout):
         spec, held = self.base.tensors.get(stored), self._outline.shapes.get(place.name, ())
         exchanged = place.expert is None and spec is not None and is_turned(spec.shape, held)
         return (transposed != exchanged) != self._holder(place.name.rpartition(".")[0]).turned
+
+    def parameters(self) -> Collection[str]:
+        """List the model's parameters and buffers."""
+        return self._outline.shapes.keys()
 
     def tied_with(self, name: str) -> frozenset[str]:
         """Return the parameters that are one tensor with this one."""
@@ -114,8 +118,9 @@ class LayoutOfOutline(Layout):
             return True
         return (first.shape, first.dtype) == (second.shape, second.dtype) and same_content(first, second)
 
-    def _refusal(self, module: AdapterModule, name: str) -> str:
+    def _refusal(self, module: AdapterModule, place: Place) -> str:
         """Say why factors would not act at one place of the running model."""
+        name, stack = place.name, module.kind == "stack" or place.expert is not None
         path = name.removesuffix(".weight")
         holder = self._holder(path)
         axes = len(self._outline.shapes[name])
@@ -125,7 +130,7 @@ class LayoutOfOutline(Layout):
             return f"a {holder.name} with settings that PEFT has no factors for"
         if module.kind == "stack" and module.experts == 1 and module.transposed:
             return "a stack of one expert stored as (d_in, d_out) has no layout in PEFT"
-        if module.kind != "stack" and not holder.wrapped and axes != 2:
+        if not stack and not holder.wrapped and axes != 2:
             return f"a {holder.name}, for which PEFT has no LoRA"
         if not self._outline.keeps(path):
             return "PEFT renames it on loading, and then does not find it"

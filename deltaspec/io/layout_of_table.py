@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import cached_property
 from typing import final
 
 from deltaspec.architecture.running_names import ODD_EMBEDDINGS, SHARED, STRIDED, is_told, place_by_table
@@ -34,6 +35,25 @@ class LayoutOfTable(Layout):
     def uses(self, path: str) -> list[tuple[str, str]]:
         """List the modules that share its weight."""
         return [use for use in list_tied(self.base, path, self.running) if use[0] not in self._apart]
+
+    @cached_property
+    def _decoders(self) -> dict[str, str]:
+        """Biases of tied decoders → those of the modules around them, which BERT's share."""
+        paths = [name.removesuffix(".weight") for name in self.running if name.endswith(".weight")]
+        tied = {use for path in paths for use, _ in self.uses(path) if use.endswith(".decoder")}
+        outer = {f"{use}.bias": f"{use.rpartition('.')[0]}.bias" for use in tied}
+        return {bias: around for bias, around in outer.items() if around in self.running}
+
+    def parameters(self) -> Collection[str]:
+        """List the parameters that the base stores, and the biases that are tied to them."""
+        return {*self.running, *self._decoders}
+
+    def tied_with(self, name: str) -> frozenset[str]:
+        """Return what is one tensor with a parameter."""
+        inner = {bias for bias, around in self._decoders.items() if name in (bias, around)}
+        if inner:
+            return frozenset({name, *inner, *(self._decoders[bias] for bias in inner)})
+        return super().tied_with(name)
 
     def is_unread(self, path: str) -> bool:
         """Tell whether its own path is not read."""

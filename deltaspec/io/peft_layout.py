@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from deltaspec.types import AdapterModule, Checkpoint, Place
 
@@ -71,6 +71,10 @@ class Layout(ABC):
         stack : bool
             Whether it is one of a stack.
         """
+
+    def parameters(self) -> Collection[str]:
+        """List the model's parameters and buffers by their full names, as far as they are known."""
+        return self.running.keys()
 
     def tied_with(self, name: str) -> frozenset[str]:
         """Return the model's parameters that are one tensor with this one, itself among them."""

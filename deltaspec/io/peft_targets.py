@@ -53,10 +53,10 @@ def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list
     experts: defaultdict[str, list[tuple[Place, AdapterModule]]] = defaultdict(list)
     for module in modules:
         places = layout.place(module.path)
-        if places[0].expert is not None:
-            experts[places[0].name].append((places[0], module))
-        elif reason := layout.refusal(module):
+        if reason := layout.refusal(module):
             refused[module.path] = reason
+        elif places[0].expert is not None:
+            experts[places[0].name].append((places[0], module))
         else:
             found += [_target(module, place, layout) for place in places]
     found += [_stack(name, members, layout) for name, members in experts.items()]

@@ -19,7 +19,8 @@ from deltaspec.io.lay_out import lay_out
 from deltaspec.io.peft import CONFIG, WEIGHTS
 from deltaspec.io.peft_layout import Layout
 from deltaspec.io.peft_targets import Target, make_targets
-from deltaspec.io.peft_tensors import list_factors, plan_whole
+from deltaspec.io.peft_tensors import list_factors
+from deltaspec.io.peft_whole import plan_whole
 from deltaspec.types import AdapterModule, Checkpoint, Entry
 
 VERSION = "0.21.2"  # of the PEFT whose layout this is

@@ -111,9 +111,18 @@ def _refuse_giants(config: Config) -> None:
 
 def _plain(config: Config) -> Config:
     """Return a config without what fetches weights, kernels or quantisers."""
-    kept = {name: _plain(value) if isinstance(value, dict) else value for name, value in config.items()}
+    kept = {name: _value(value) for name, value in config.items()}
     kept |= {name: False for name in kept if name == "use_pretrained_backbone"}
     return {name: value for name, value in kept.items() if name not in DROPPED}
+
+
+def _value(value: Any) -> Any:
+    """Return a value as transformers reads it: it writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, list):
+        return [_value(item) for item in value]
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else _plain(value)
+    return value
 
 
 @contextmanager

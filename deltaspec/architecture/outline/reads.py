@@ -20,6 +20,7 @@ FACTS = {
     *("new_zeros", "new_ones", "new_tensor", "new_empty", "new_full", "is_cuda", "element_size", "data_ptr", "layout"),
 }
 KEPT = {"weight", "bias", "in_features", "out_features", "embed_scale"}  # attributes that PEFT's wrappers have too
+GIVEN = "get_input_embeddings"
 # Code that no caller in its library reaches, whatever the settings: the argument that leads there is never given.
 UNREACHED = {("DisentangledSelfAttention", ("in_proj", "weight", "chunk"))}
 
@@ -56,6 +57,10 @@ def find_uses(model: nn.Module) -> Uses:
             if (cls.__name__, mention.chain) in UNREACHED or not mention.may_run(module):
                 continue
             for target, rest in _resolve(module, path, mention.chain):
+                if rest == (GIVEN,):
+                    found = _given(modules, target)
+                    uses.named.update(found)
+                    uses.called.update(found)
                 if target == path:
                     continue  # its own weight, which wrappers leave to it
                 uses.named.add(target)
@@ -69,6 +74,16 @@ def find_uses(model: nn.Module) -> Uses:
     return uses
 
 
+def _given(modules: dict[str, nn.Module], path: str) -> list[str]:
+    """List the paths of the embedding that a model hands out, which whoever asks for it then calls."""
+    owner: Any = modules[path]
+    try:
+        given = owner.get_input_embeddings()
+    except Exception:  # what a class raises that has none
+        return []
+    return [other for other, module in modules.items() if module is given]
+
+
 def _resolve(module: nn.Module, path: str, chain: Chain) -> Iterator[tuple[str, Chain]]:
     """Follow a chain of attributes from a module; yield each module that it ends at, with what is left of it."""
     child = next((found for name, found in module.named_children() if chain and name == chain[0]), None)
@@ -77,7 +92,7 @@ def _resolve(module: nn.Module, path: str, chain: Chain) -> Iterator[tuple[str, 
             yield from _resolve(found, f"{path}.{name}".lstrip("."), chain[1:])
     elif child is not None:
         yield from _resolve(child, f"{path}.{chain[0]}".lstrip("."), chain[1:])
-    elif path:
+    elif path or chain == (GIVEN,):
         yield path, chain
 
 
