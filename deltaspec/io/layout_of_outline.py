@@ -88,9 +88,9 @@ class LayoutOfOutline(Layout):
         """Tell whether the model asks for a module's class."""
         return path in self._outline.holders and self._outline.holders[path].typed
 
-    def is_idle(self, path: str) -> bool:
-        """Tell whether nothing calls a module."""
-        return self._holder(self.place(path)[0].name.removesuffix(".weight")).idle
+    def is_read(self, path: str) -> bool:
+        """Tell whether the model takes a module's weight itself."""
+        return self._holder(self.place(path)[0].name.removesuffix(".weight")).read
 
     def unattached(self, path: str, *, as_parameter: bool = False) -> str:
         """Say why factors under a path would not change what it names."""

@@ -96,8 +96,8 @@ class Layout(ABC):
         del path
         return False
 
-    def is_idle(self, path: str) -> bool:
-        """Tell whether nothing calls a module, so that factors beside its weight do nothing."""
+    def is_read(self, path: str) -> bool:
+        """Tell whether the model takes a module's weight itself, so that factors beside it do nothing there."""
         del path
         return False
 

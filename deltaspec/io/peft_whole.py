@@ -36,9 +36,8 @@ def plan_whole(
         Of the modules, for modules_to_save.
     entries : list of Entry
     """
-    moved = {entry.name: place.moved for entry in full for place in layout.place(entry.name) if place.moved}
-    reasons = {name: f"{layout.checked} rearranges it on loading ({how})" for name, how in moved.items()}
-    given = _spread([entry for entry in full if entry.name not in moved], layout)
+    reasons = {entry.name: "the running model holds it in another form" for entry in full if _moved(entry, layout)}
+    given = _spread([entry for entry in full if entry.name not in reasons], layout)
     own: dict[str, set[str]] = {}
     for name, entry in given.items():
         own.setdefault(name.rpartition(".")[0], set()).add(entry.name)
@@ -51,6 +50,11 @@ def plan_whole(
     saved = [path for path in kept if not any(path.startswith(f"{outer}.") for outer in kept)]
     carried = {name: entry for name, entry in given.items() if entry.name not in reasons}
     return saved, [_whole_entry(name, carried, layout) for path in saved for name in _held(path, carried, layout)]
+
+
+def _moved(entry: Entry, layout: Layout) -> bool:
+    """Tell whether a tensor is a part of another in the running model, in parts, or rearranged."""
+    return any(place.moved or place.parts > 1 or place.expert is not None for place in layout.place(entry.name))
 
 
 def _block_companions(own: dict[str, set[str]], reasons: dict[str, str]) -> None:

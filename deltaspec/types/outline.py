@@ -39,8 +39,8 @@ class Holder:
         (target_parameters), and of a kernel nothing.
     refusal : str
         Why factors would not act as a change of its weight does, whichever way PEFT holds them; "" where they do.
-    idle : bool
-        Whether they would do nothing at all, for nothing calls the module.
+    read : bool
+        Whether the model's code takes the weight itself, so that they do nothing there.
     typed : bool
         Whether the model's code asks for its class, so that nothing may stand around it.
     turned : bool
@@ -51,7 +51,7 @@ class Holder:
     kind: str
     wrapped: bool = True
     refusal: str = ""
-    idle: bool = False
+    read: bool = False
     typed: bool = False
     turned: bool = False
 

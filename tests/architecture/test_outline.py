@@ -8,13 +8,12 @@ from torch import nn
 
 from deltaspec.architecture.outline.build import LARGEST, UnknownModelError, build_model
 from deltaspec.architecture.outline.find import find_outline, outline_of
-from deltaspec.architecture.outline.reads import find_uses
+from deltaspec.architecture.outline.reads import READ, find_uses
 from deltaspec.architecture.running_names import misfit, outline_checkpoint, place_by_table, place_tensors
 from deltaspec.types import Outline, Place
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SIZES, "num_key_value_heads": 1}
-READ = "the model reads this weight itself, so that factors beside it have no effect"
 
 
 class Scaled(nn.Linear):
@@ -82,25 +81,25 @@ def outline() -> Outline:
 
 
 @pytest.mark.parametrize(
-    ("path", "refusal", "idle"),
+    ("path", "refusal"),
     [
-        ("called", "", False),
-        ("read", READ, True),
-        ("both", READ, False),
-        ("strided", "the model reads 'stride' of this module, which PEFT's wrapper lacks", False),
-        ("asked.0", "the model asks whether this module is a Conv1d, which PEFT's wrapper is not", False),
-        ("seen", "", False),
-        ("looped.0", READ, False),
-        ("aliased", READ, False),
-        ("guarded", "", False),
-        ("unknown", READ, False),
-        ("odd", "", False),
-        ("grouped", "", False),
+        ("called", ""),
+        ("read", READ),
+        ("both", READ),
+        ("strided", "the model reads 'stride' of this module, which PEFT's wrapper lacks"),
+        ("asked.0", "the model asks whether this module is a Conv1d, which PEFT's wrapper is not"),
+        ("seen", ""),
+        ("looped.0", READ),
+        ("aliased", READ),
+        ("guarded", ""),
+        ("unknown", READ),
+        ("odd", ""),
+        ("grouped", ""),
     ],
 )
-def test_modules_are_called_or_taken_apart(outline, path, refusal, idle):
+def test_modules_are_called_or_taken_apart(outline, path, refusal):
     holder = outline.holders[f"inner.{path}"]
-    assert (holder.refusal, holder.idle) == (refusal, idle)
+    assert (holder.refusal, holder.read) == (refusal, refusal == READ)
     assert holder.wrapped == (path not in ("odd", "grouped"))
     assert holder.typed == (path == "asked.0")
 
@@ -114,7 +113,6 @@ def test_ties_are_parameters_that_are_one_and_an_embedding_that_nothing_calls_is
 def test_torchs_own_attention_reads_its_output_layer():
     uses = find_uses(nn.Sequential(nn.MultiheadAttention(4, 2)))
     assert uses.taken["0.out_proj"] == READ
-    assert "0.out_proj" not in uses.called
 
 
 def test_every_stored_tensor_is_placed_by_the_librarys_own_table():

@@ -103,7 +103,7 @@ def test_a_weight_that_the_model_reads_itself_gets_no_factors(tmp_path):
     model.eval().save_pretrained(tmp_path / "idle")
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, cls.from_pretrained(base)(IDS).logits, atol=1e-5)
-    with pytest.raises(PairingError, match="do nothing while PEFT runs it"):
+    with pytest.raises(PairingError, match="do nothing where PEFT runs it"):
         merge(base, [tmp_path / "idle"], tmp_path / "merged")
     (said,) = verify(base, tuned, tmp_path / "idle").unattached
     assert said.startswith(f"'{target}' (the model reads this weight itself")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.architecture.outline.reads import Uses
+from deltaspec.architecture.outline.reads import READ, Uses
 from deltaspec.types import Holder
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -26,11 +26,12 @@ def describe_holders(model: nn.Module, uses: Uses) -> dict[str, Holder]:
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         reason = uses.taken.get(path, "")
-        idle = bool(reason) and path not in uses.called
         if not reason and kind in MAMBAS and path.rpartition(".")[2] in ("out_proj", "conv1d"):
             reason = f"PEFT refuses modules of this name in a {kind}"
         turned = bool(getattr(module, "is_transposed", False))
-        found[path] = Holder(type(module).__name__, *_describe(module), reason, idle, path in uses.typed, turned)
+        found[path] = Holder(
+            type(module).__name__, *_describe(module), reason, reason == READ, path in uses.typed, turned
+        )
     return found
 
 

@@ -20,6 +20,7 @@ FACTS = {
     *("new_zeros", "new_ones", "new_tensor", "new_empty", "new_full", "is_cuda", "element_size", "data_ptr", "layout"),
 }
 KEPT = {"weight", "bias", "in_features", "out_features", "embed_scale"}  # attributes that PEFT's wrappers have too
+READ = "the model reads this weight itself, so that factors beside it have no effect"
 GIVEN = "get_input_embeddings"
 # Code that no caller in its library reaches, whatever the settings: the argument that leads there is never given.
 UNREACHED = {("DisentangledSelfAttention", ("in_proj", "weight", "chunk"))}
@@ -35,15 +36,12 @@ class Uses:
         Module path → what the code takes of that module itself, in words.
     named : set of str
         Modules that any code names.
-    called : set of str
-        Those that it names as they are: to call them, or to hand them on.
     typed : set of str
         Those of which it asks what they are.
     """
 
     taken: dict[str, str] = field(default_factory=dict)
     named: set[str] = field(default_factory=set)
-    called: set[str] = field(default_factory=set)
     typed: set[str] = field(default_factory=set)
 
 
@@ -58,17 +56,13 @@ def find_uses(model: nn.Module) -> Uses:
                 continue
             for target, rest in _resolve(module, path, mention.chain):
                 if rest == (GIVEN,):
-                    found = _given(modules, target)
-                    uses.named.update(found)
-                    uses.called.update(found)
+                    uses.named.update(_given(modules, target))
                 if target == path:
                     continue  # its own weight, which wrappers leave to it
                 uses.named.add(target)
-                if not rest or rest[0] == "forward":
-                    uses.called.add(target)
                 what = "" if mention.harmless else _describe(modules[target], rest)
-                if what:
-                    uses.taken.setdefault(target, what)
+                if what and uses.taken.get(target) != READ:
+                    uses.taken[target] = what
                 if what and rest[0].startswith(ASKED):
                     uses.typed.add(target)
     return uses
@@ -101,7 +95,7 @@ def _describe(module: nn.Module, rest: Chain) -> str:
     if not rest or (rest[0] == "weight" and len(rest) > 1 and (rest[1] in FACTS or rest[1].startswith(ASKED))):
         return ""
     if rest[0] == "weight":
-        return "the model reads this weight itself, so that factors beside it have no effect"
+        return READ
     if rest[0].startswith(ASKED):
         classes = {cls.__name__ for cls in type(module).__mro__} - {"Module", "object"}
         asked = classes & set(rest[0].removeprefix(ASKED).split(","))

@@ -85,8 +85,9 @@ def _blocks_biases(module: ModulePair, layout: Layout) -> bool:
     """Tell whether PEFT could hold no biases at all if this module had factors, and it can be stored whole instead."""
     if module.kind == "embedding":
         return True
-    name = layout.place(module.path)[0].name
-    return module.kind == "linear" and bool(layout.checked) and layout.needs_parameter(_row(module), name)
+    place = layout.place(module.path)[0]
+    storable = module.kind == "linear" and bool(layout.checked) and place.expert is None
+    return storable and layout.needs_parameter(_row(module), place.name)
 
 
 def why_left(

@@ -78,9 +78,9 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
 def _check_attachment(changes: TensorChanges, adapter: AdapterIndex, layout: Layout) -> None:
     """Refuse factors that do nothing while the adapter runs, and note those of which that is not certain."""
     for path, reason in find_unattached(adapter, layout).items():
-        if path in adapter.modules and layout.is_idle(path):
+        if path in adapter.modules and layout.is_read(path):
             message = (
-                f"Cannot merge {adapter.ref}: its factors of '{path}' do nothing while PEFT runs it ({reason}), and a "
+                f"Cannot merge {adapter.ref}: its factors of '{path}' do nothing where PEFT runs it ({reason}), and a "
                 "merged weight would; take them out of the adapter, and of its target_modules."
             )
             raise PairingError(message)
