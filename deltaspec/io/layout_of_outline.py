@@ -23,6 +23,11 @@ class LayoutOfOutline(Layout):
         self._apart = {place.name for name in untied for place in self.place(name)}
         self._stacked = any(".experts." in f"{name}." for name in outline.shapes)
 
+    @property
+    def tie_matters(self) -> bool:
+        """Whether the model computes otherwise where its config unties its weights."""
+        return self._outline.tie_matters
+
     def place(self, path: str) -> tuple[Place, ...]:
         """Return where a tensor lies."""
         name = path if path in self.places or path in self._outline.shapes else f"{path}.weight"
@@ -134,7 +139,5 @@ class LayoutOfOutline(Layout):
             return f"a {holder.name}, for which PEFT has no LoRA"
         if not self._outline.keeps(path):
             return "PEFT renames it on loading, and then does not find it"
-        if module.kind == "embedding" and name.endswith(".weight"):
-            odd = (self._holder(use).refusal for use, _ in self.uses(path))
-            return next((f"it is tied to a module whose weight {reason}" for reason in odd if reason), "")
-        return ""
+        tied = [use for use, _ in self.uses(path) if self._holder(use).refusal]
+        return f"it is tied to '{tied[0]}': {self._holder(tied[0]).refusal}" if tied else ""

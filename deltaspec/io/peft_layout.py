@@ -82,6 +82,11 @@ class Layout(ABC):
         return frozenset({name, *(f"{use}.weight" for use, _ in self.uses(path))})
 
     @property
+    def tie_matters(self) -> bool:
+        """Whether the model computes otherwise where its config says that head and embedding are two weights."""
+        return False
+
+    @property
     def attachment(self) -> str:
         """Whether it is known what factors will do, and by what, in words."""
         return f"checked with {self.checked}" if self.checked else f"not checked ({self.unchecked})"

@@ -105,7 +105,7 @@ def _collision(path: str, layout: Layout, targets: Sequence[Target]) -> str:
     if not PLAIN.fullmatch(path):
         return "it lies in no module that PEFT could save by its name"
     if layout.is_typed(path):
-        return "the model asks for the class of its module, which PEFT would wrap"
+        return "its module must stay of its class, and PEFT would wrap it"
     if other := saved_alike(path, layout.modules):
         return f"PEFT would save '{other}' too, whose name ends alike"
     for target in targets:

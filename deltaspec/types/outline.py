@@ -40,9 +40,9 @@ class Holder:
     refusal : str
         Why factors would not act as a change of its weight does, whichever way PEFT holds them; "" where they do.
     read : bool
-        Whether the model's code takes the weight itself, so that they do nothing there.
+        Whether the model's code takes the weight past the module, so that they do nothing there.
     typed : bool
-        Whether the model's code asks for its class, so that nothing may stand around it.
+        Whether nothing may stand around it: the model's code asks for its class, or PEFT refuses it.
     turned : bool
         Whether PEFT takes its stacks (experts, d_in, d_out) for what they are.
     """
@@ -79,6 +79,8 @@ class Outline:
         Stored names → where the library puts them on loading.
     unloadable : str
         Why PEFT can load no adapter of this class at all; "" if it can.
+    tie_matters : bool
+        Whether its code computes otherwise where its config says that head and embedding are two.
     keeps : callable
         Tells whether PEFT, which renames an adapter's keys as the library renames tensors, leaves a module's path.
     """
@@ -91,6 +93,7 @@ class Outline:
     place: Placer
     keeps: Callable[[str], bool]
     unloadable: str = ""
+    tie_matters: bool = False
 
     def tied_with(self, name: str) -> frozenset[str]:
         """Return the parameters that are one tensor with this one, itself among them."""

@@ -33,6 +33,8 @@ class Inner(nn.Module):
         self.strided, self.asked = nn.Conv1d(4, 4, 3, stride=2), nn.ModuleList([nn.Conv1d(4, 4, 3), nn.ReLU()])
         self.seen, self.looped, self.aliased = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Linear(4, 4)
         self.guarded, self.unknown, self.splits = nn.Linear(4, 4), nn.Linear(4, 4), 1
+        self.handed, self.aside = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.held = [self.aside]
         self.odd, self.grouped = Scaled(4, 4), nn.Conv1d(4, 4, 3, groups=2)
 
     def forward(self, x):
@@ -50,6 +52,7 @@ class Inner(nn.Module):
         if self.splits > 1 and x.any():
             x = x @ self.guarded.weight
         x = self.guarded(x) if not self.splits else x @ self.unknown.weight if x.any() else self.unknown(x)
+        x = torch.relu(x, weigh=self.handed)
         alias = self.aliased
         return self.grouped(self.odd(x)) + alias.weight
 
@@ -93,6 +96,8 @@ def outline() -> Outline:
         ("aliased", READ),
         ("guarded", ""),
         ("unknown", READ),
+        ("handed", "the model hands this module to other code, which may do more than call it"),
+        ("aside", "the model also keeps this module in a list of its own, where PEFT puts no wrapper"),
         ("odd", ""),
         ("grouped", ""),
     ],

@@ -61,7 +61,8 @@ def outline_of(model: nn.Module, source: str) -> Outline:
     if not source.startswith("transformers"):
         return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, bool)
     made = Conversions(model)
-    return Outline(source, shapes, holders, ties, unread, made.place, made.keeps, _why_unloadable(model))
+    matters = "tie_word_embeddings" in uses.asked
+    return Outline(source, shapes, holders, ties, unread, made.place, made.keeps, _why_unloadable(model), matters)
 
 
 def _why_unloadable(model: Any) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from deltaspec.architecture.outline.reads import READ, Uses
+from deltaspec.architecture.outline.reads import ASIDE, ELSEWHERE, READ, Uses
 from deltaspec.types import Holder
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -15,6 +15,7 @@ KINDS: tuple[tuple[str, Any], ...] = (
     ("embedding", nn.Embedding),
     *(("conv", cls) for cls in CONVS),
 )
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # PEFT saves none of these whole
 MAMBAS = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}  # in which PEFT refuses out_proj and conv1d
 
 
@@ -28,10 +29,9 @@ def describe_holders(model: nn.Module, uses: Uses) -> dict[str, Holder]:
         reason = uses.taken.get(path, "")
         if not reason and kind in MAMBAS and path.rpartition(".")[2] in ("out_proj", "conv1d"):
             reason = f"PEFT refuses modules of this name in a {kind}"
+        read, typed = reason in (READ, ELSEWHERE, ASIDE), path in uses.typed or isinstance(module, CONTAINERS)
         turned = bool(getattr(module, "is_transposed", False))
-        found[path] = Holder(
-            type(module).__name__, *_describe(module), reason, reason == READ, path in uses.typed, turned
-        )
+        found[path] = Holder(type(module).__name__, *_describe(module), reason, read, typed, turned)
     return found
 
 

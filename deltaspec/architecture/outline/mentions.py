@@ -22,6 +22,9 @@ APART = re.compile(
 OUTSIDE = re.compile(r"(transformers\.(modeling_utils|generation|utils|integrations)|peft|accelerate)\b")
 ASKING = {"isinstance", "hasattr", "getattr", "id", "type", "print"}
 ASKED = "isinstance "  # begins the last name of a chain where code asks of which of these classes it is
+HANDED = "handed on"  # ends a chain that is an argument of a call
+ALL = "**"  # whatever lies inside: what a variable runs over is not known
+LEAVES = {"Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "Conv1D"}
 Chain = tuple[str, ...]
 Aliases = dict[str, Chain]
 """Names of a function's variables → which modules they are."""
@@ -31,7 +34,7 @@ Guards = tuple[tuple[ast.expr, bool], ...]
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """One chain of names that begins at ``self``, an index written ``*``.
+    """One chain of names that begins at ``self``, an index written ``*``; ASKED, HANDED and ALL say more.
 
     ``harmless`` where it only asks a fact. ``guards`` are the conditions under which it runs.
     """
@@ -82,10 +85,14 @@ def _of_function(function: ast.FunctionDef) -> Iterator[Mention]:
     for node, above, known, guards in _walk(function, None, {"self": ()}, ()):
         if isinstance(above, ast.Attribute) or (isinstance(above, ast.Subscript) and above.value is node):
             continue
-        chain = _unwind(node, known)
-        if chain and not isinstance(getattr(node, "ctx", None), ast.Store | ast.Del):
-            asked = _asked_classes(node, above)
-            yield Mention((*chain, *asked), not asked and _only_asks(node, above), guards)
+        if isinstance(getattr(node, "ctx", None), ast.Store | ast.Del):
+            continue
+        chain, asked = _unwind(node, known), _asked_classes(node, above)
+        if chain:
+            more = asked or _handed_on(above, node)
+            yield Mention((*chain, *more), not more and _only_asks(node, above), guards)
+        elif isinstance(node, ast.Name) and asked and LEAVES & set(asked[0].removeprefix(ASKED).split(",")):
+            yield Mention((ALL, *asked), harmless=False, guards=guards)
 
 
 Step = tuple[ast.AST, ast.AST | None, Aliases, Guards]
@@ -149,6 +156,16 @@ def _asked_classes(node: ast.AST, above: ast.AST | None) -> Chain:
         return ()
     classes = above.args[1].elts if isinstance(above.args[1], ast.Tuple) else [above.args[1]]
     return (ASKED + ",".join(c.attr if isinstance(c, ast.Attribute) else getattr(c, "id", "") for c in classes),)
+
+
+def _handed_on(above: ast.AST | None, node: ast.AST) -> Chain:
+    """Return HANDED where something is an argument: code elsewhere may do with it what it likes."""
+    if isinstance(above, ast.keyword):
+        return (HANDED,)
+    if not isinstance(above, ast.Call) or node not in above.args:
+        return ()
+    name = above.func.id if isinstance(above.func, ast.Name) else ""
+    return () if name in ASKING | {"enumerate", "zip", "reversed", "len", "list", "range"} else (HANDED,)
 
 
 def _only_asks(node: ast.AST, above: ast.AST | None) -> bool:

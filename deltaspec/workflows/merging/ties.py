@@ -63,6 +63,12 @@ def _part(changes: TensorChanges, layout: Layout, name: str, repeated: set[str])
 def _untie(changes: TensorChanges, layout: Layout, name: str, parted: Sequence[str]) -> None:
     """Say that head and embedding are two weights now, and store all that they shared twice."""
     base = layout.base
+    if layout.tie_matters:
+        message = (
+            f"Cannot merge: the adapter changes '{parted[0]}' apart from '{name}', and {layout.checked} computes "
+            "otherwise where its config says that they are two weights; serve the adapter unmerged."
+        )
+        raise PairingError(message)
     outline = outline_checkpoint({n: spec.shape for n, spec in base.tensors.items()}, untie(base.config))
     changes.untied = True
     changes.note(f"'{parted[0]}.weight' no longer shares '{name}': they change unlike")
