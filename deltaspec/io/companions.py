@@ -12,10 +12,11 @@ from deltaspec.errors import CheckpointError
 from deltaspec.files.atomic import unwritten, write_whole
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io import hub
-from deltaspec.io.shards import PICKLED
+from deltaspec.io.file_formats import PICKLED
+from deltaspec.io.quantisation_config import drop_quantisation
 from deltaspec.types import Checkpoint
 
-WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt", ".nemo", ".distcp")
+WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".nemo", ".distcp")
 OTHERS = (".metadata", ".index.json", ".ckpt.index", ".tmp", ".zip", ".tar", ".npz", ".tflite", ".mlmodel")
 CONFIG = "config.json"
 
@@ -42,6 +43,7 @@ def find_companions(base: Checkpoint) -> tuple[list[Path], str]:
     root = base.root.resolve()
     homes = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     beside = [path for path in sorted(base.root.iterdir()) if is_companion(path.name) and path.is_file()]
+    beside = [path for path in beside if path not in base.files]
     return [path for path in beside if any(path.resolve().is_relative_to(home) for home in homes)], note
 
 
@@ -97,13 +99,17 @@ def adjust_config(
         if untied and ("tie_word_embeddings" in scope or scope is changed):
             scope["tie_word_embeddings"] = False
     if dtype != "auto":
-        changed.pop("quantization_config", None)
+        drop_quantisation(changed)
     return changed if changed != config else None
 
 
 def output_name(name: str) -> str:
-    """Name the safetensors file that a weight file becomes."""
-    stem, dot, suffix = name.rpartition(".")
-    if f"{dot}{suffix}" not in PICKLED:
+    """Name the safetensors file that a weight file becomes; its own name where no suffix tells a format.
+
+    >>> output_name("pytorch_model.bin"), output_name("last.pth.tar"), output_name("weights")
+    ('model.safetensors', 'last.safetensors', 'weights.safetensors')
+    """
+    if name.endswith(".safetensors"):
         return name
-    return re.sub(r"(^|/)pytorch_model", r"\1model", stem) + ".safetensors"
+    suffix = max((suffix for suffix in PICKLED if name.endswith(suffix)), key=len, default="")
+    return re.sub(r"(^|/)pytorch_model", r"\1model", name.removesuffix(suffix)) + ".safetensors"

@@ -13,23 +13,11 @@ from typing import Any
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file, tensor_reader
 from deltaspec.io import hub, kohya, peft, shards
-from deltaspec.io.quantised import attach_scales, check_config
+from deltaspec.io.file_formats import CONVERT, SUFFIXES, UNREADABLE, describe_foreign, is_safetensors, may_hold_weights
+from deltaspec.io.quantisation_config import read_quantisation
+from deltaspec.io.quantised import attach_scales
 from deltaspec.types import Checkpoint, ForeignAdapter, Opened, SourceIdentity
 
-SUFFIXES = (".safetensors", *shards.PICKLED)
-CONVERT = "convert it to a Hugging Face folder with safetensors"
-DISTRIBUTED = f"a distributed checkpoint (FSDP or DCP); consolidate it with torch.distributed.checkpoint and {CONVERT}"
-UNREADABLE = {
-    ".gguf": f"a GGUF file, whose weights are quantised and renamed; {CONVERT}",
-    ".distcp": DISTRIBUTED,
-    ".metadata": DISTRIBUTED,
-    ".onnx": f"an ONNX graph; {CONVERT}",
-    ".h5": f"a TensorFlow checkpoint; {CONVERT}",
-    ".ckpt.index": f"a TensorFlow checkpoint; {CONVERT}",
-    ".msgpack": f"a Flax checkpoint; {CONVERT}",
-    ".nemo": f"a NeMo archive; {CONVERT}",
-    ".ckpt": "a pickled training checkpoint; rename it to end in .pt if it holds only tensors",
-}
 FOREIGN_LORA = re.compile(r".*(lora_(embedding_)?[AB]\b|lora_(up|down)\.weight$|\.lora\.(up|down)\.weight$)")
 SAMPLE = 4096
 SAMPLES = 64
@@ -55,7 +43,7 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
     Parameters
     ----------
     ref : str or Path
-        A folder, a file (.safetensors, .bin, .pt, .pth, index.json), or a hub id ``owner/name[@revision]``.
+        A folder, a file (safetensors or pickled, by its content; index.json), or a hub id ``owner/name[@revision]``.
         What exists on disk is never taken for a hub id.
 
     Returns
@@ -106,9 +94,8 @@ def _open_file(file: Path, *, ref: str) -> Opened | ForeignAdapter:
     folder = file.parent
     if file.name in (peft.CONFIG, *peft.WEIGHTS) and (folder / peft.CONFIG).is_file():
         return peft.open_adapter(folder, ref=ref)
-    if not file.name.endswith((*SUFFIXES, ".index.json")):
-        suffix = next((suffix for suffix in UNREADABLE if file.name.endswith(suffix)), "")
-        what = UNREADABLE.get(suffix, f"none of {', '.join(SUFFIXES)} and index.json; {CONVERT}")
+    if not file.name.endswith(".index.json") and not may_hold_weights(file):
+        what = describe_foreign(file) or f"none of {', '.join(SUFFIXES)} and index.json; {CONVERT}"
         message = f"Cannot open '{file}': it is {what}."
         raise CheckpointError(message)
     return _open_weights([file], ref=ref, config=_read_config(folder))
@@ -121,7 +108,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Opened:
     """List the tensors of one index, or of files that belong together."""
-    check_config(config, source=files[0])
+    told = read_quantisation(config, files[0].parent, source=files[0])
     if files[0].name.endswith(".json"):
         opened, (tensors, aliases) = shards.gather_indexed(files[0])
     else:
@@ -137,7 +124,7 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Ope
             "scale; convert it to PEFT's format, or merge it into its base."
         )
         raise CheckpointError(message)
-    tensors = attach_scales(tensors, config, source=files[0])
+    tensors = attach_scales(tensors, told)
     return Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases)
 
 
@@ -204,7 +191,7 @@ def _samples(file: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int]]:
     size = file.stat().st_size
     if file.name.endswith(".json"):
         yield 0, size
-    elif file.name.endswith(".safetensors"):
+    elif is_safetensors(file):
         raw, header = tensor_reader.read_header(file)
         digest.update(raw)
         for entry in (entry for name, entry in header.items() if name != "__metadata__"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deltaspec.errors import CheckpointError
 from deltaspec.files.dtypes import name_of
-from deltaspec.files.tensor_reader import LFS_POINTER, Contents
+from deltaspec.files.tensor_reader import Contents
 from deltaspec.types import TensorSpec
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params")
@@ -130,10 +130,6 @@ def _map(file: Path, size: int, changed: int) -> _Loaded:
 def _load_legacy(file: Path, size: int, changed: int) -> _Loaded:
     """Load a file from before torch 1.6, which cannot be mapped, once for all its tensors."""
     del size, changed  # parts of the cache's key
-    with file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            message = f"Cannot read '{file}': it is a git-lfs pointer, not the weights; run git lfs pull."
-            raise CheckpointError(message)
     return _unpickle(file, mmap=False)
 
 

@@ -15,11 +15,11 @@ from deltaspec.files.json_file import read_json
 from deltaspec.files.tensor_reader import Contents
 from deltaspec.files.tensor_writer import size_of
 from deltaspec.io import pickled
+from deltaspec.io.file_formats import PICKLED, describe_foreign, is_pickled
 from deltaspec.types import Entry, TensorSpec
 
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
 INDEX = "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth")
 TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)")
 NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
 
@@ -94,14 +94,17 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def list_tensors(file: Path) -> Contents:
-    """List the tensors of one file of either format, by its ending, and the names it says were left out as shared.
+    """List the tensors of one file of either format, by its content, and the names it says were left out as shared.
 
     Raises
     ------
     CheckpointError
-        If it is damaged, or a pickled file holds code.
+        If it is damaged, in another format, which is named, or a pickled file holds code.
     """
-    return tensor_reader.list_tensors(file) if file.name.endswith(".safetensors") else pickled.list_tensors(file)
+    if what := describe_foreign(file):
+        message = f"Cannot read '{file}': it is {what}."
+        raise CheckpointError(message)
+    return pickled.list_tensors(file) if is_pickled(file) else tensor_reader.list_tensors(file)
 
 
 def gather(files: Iterable[Path]) -> Contents:

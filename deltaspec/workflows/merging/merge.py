@@ -141,8 +141,8 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
     if isinstance(source, AdapterIndex):
         message = f"The base {source.ref} is an adapter: name the checkpoint first, then its adapters."
         raise PairingError(message)
-    coded = next((s for s in source.tensors.values() if s.dtype.startswith("F8")), None)
-    if dtype == "auto" and coded and (coded.scale or "quantization_config" in source.config):
+    coded = next((spec for spec in source.tensors.values() if spec.scale), None)
+    if dtype == "auto" and coded:
         message = (
             f"Cannot merge into '{coded.name}' of {source.ref}: it is stored as {coded.dtype} with scales, too coarse "
             "for an update; pass --dtype bf16 (fp16, fp32) to dequantise the checkpoint."
