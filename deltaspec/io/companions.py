@@ -38,7 +38,7 @@ def find_companions(base: Checkpoint) -> tuple[list[Path], str]:
         Why some may be missing, else "".
     """
     note = _fetch(base) if base.revision else ""
-    if not (base.root / CONFIG).exists() and Path(base.ref).expanduser().is_file():
+    if not (base.root / CONFIG).exists() and not base.revision and not Path(base.ref).expanduser().is_dir():
         return [], note
     root = base.root.resolve()
     homes = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import zipfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
-from deltaspec.files import json_file, tensor_reader
-from deltaspec.io import hub, kohya, peft, shards
-from deltaspec.io.file_formats import CONVERT, SUFFIXES, UNREADABLE, describe_foreign, is_safetensors, may_hold_weights
+from deltaspec.files import json_file
+from deltaspec.io import hub, kohya, peft, pickled, shards
+from deltaspec.io.file_formats import (
+    CONVERT,
+    SUFFIXES,
+    UNREADABLE,
+    describe_foreign,
+    is_pickled,
+    may_hold_weights,
+)
+from deltaspec.io.foreign_marks import describe_factor
+from deltaspec.io.peft_files import CONFIG, WEIGHTS, choose_adapter
+from deltaspec.io.pickled_states import split_state
 from deltaspec.io.quantisation_config import read_quantisation
 from deltaspec.io.quantised import attach_scales
-from deltaspec.types import Checkpoint, ForeignAdapter, Opened, SourceIdentity
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Opened
 
 FOREIGN_LORA = re.compile(r".*(lora_(embedding_)?[AB]\b|lora_(up|down)\.weight$|\.lora\.(up|down)\.weight$)")
-SAMPLE = 4096
-SAMPLES = 64
 
 
 def open_plain(ref: str | Path) -> Opened:
@@ -34,6 +39,12 @@ def open_plain(ref: str | Path) -> Opened:
     found = open_source(ref)
     if isinstance(found, ForeignAdapter):
         raise CheckpointError(found.refusal)
+    if isinstance(found, AdapterIndex) and found.conditional:
+        message = (
+            f"Cannot use '{ref}': it is {found.conditional}, a change that no weights can hold, so that it can be "
+            "neither merged, verified nor written as a LoRA; deltaspec analyze reads its factors."
+        )
+        raise CheckpointError(message)
     return found
 
 
@@ -43,8 +54,8 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
     Parameters
     ----------
     ref : str or Path
-        A folder, a file (safetensors or pickled, by its content; index.json), or a hub id ``owner/name[@revision]``.
-        What exists on disk is never taken for a hub id.
+        A folder, a file (safetensors or pickled, by its content; index.json), one dictionary of a pickled file,
+        ``FILE::NAME``, or a hub id ``owner/name[@revision]``. What exists on disk is never taken for a hub id.
 
     Returns
     -------
@@ -62,6 +73,9 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
             return _open_folder(path, ref=str(ref))
         if path.is_file():
             return _open_file(path, ref=str(ref))
+        file, state = split_state(ref)
+        if state and (path := Path(file).expanduser()).is_file():
+            return _open_file(path, ref=str(ref), state=state)
     except (OSError, RuntimeError) as cause:  # no permission, a name too long, nobody's home
         message = f"Cannot open '{ref}' ({cause}): check the path and your rights to read it."
         raise CheckpointError(message) from cause
@@ -78,7 +92,7 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
 
 def _open_folder(folder: Path, *, ref: str) -> Opened | ForeignAdapter:
     names = sorted(entry.name for entry in folder.iterdir())
-    if peft.CONFIG in names and any(name in names for name in peft.WEIGHTS):
+    if CONFIG in names and choose_adapter(names):
         return peft.open_adapter(folder, ref=ref)
     config = _read_config(folder)
     chosen = shards.choose_weights(names)
@@ -90,15 +104,15 @@ def _open_folder(folder: Path, *, ref: str) -> Opened | ForeignAdapter:
     return _open_weights([folder / name for name in chosen], ref=ref, config=config)
 
 
-def _open_file(file: Path, *, ref: str) -> Opened | ForeignAdapter:
+def _open_file(file: Path, *, ref: str, state: str = "") -> Opened | ForeignAdapter:
     folder = file.parent
-    if file.name in (peft.CONFIG, *peft.WEIGHTS) and (folder / peft.CONFIG).is_file():
+    if (file.name == CONFIG or choose_adapter([file.name])) and (folder / CONFIG).is_file():
         return peft.open_adapter(folder, ref=ref)
     if not file.name.endswith(".index.json") and not may_hold_weights(file):
         what = describe_foreign(file) or f"none of {', '.join(SUFFIXES)} and index.json; {CONVERT}"
         message = f"Cannot open '{file}': it is {what}."
         raise CheckpointError(message)
-    return _open_weights([file], ref=ref, config=_read_config(folder))
+    return _open_weights([file], ref=ref, config=_read_config(folder), state=state)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -106,26 +120,41 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json_file.read_json(path) if path.is_file() else {}
 
 
-def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Opened:
+def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any], state: str = "") -> Opened | ForeignAdapter:
     """List the tensors of one index, or of files that belong together."""
     told = read_quantisation(config, files[0].parent, source=files[0])
     if files[0].name.endswith(".json"):
         opened, (tensors, aliases) = shards.gather_indexed(files[0])
     else:
-        opened, (tensors, aliases) = tuple(files), shards.gather(files)
+        opened, (tensors, aliases) = tuple(files), shards.gather(files, state)
     if not tensors:
         message = f"Cannot use '{files[0]}': it holds no tensors; check that it is a model's weights."
+        raise CheckpointError(message)
+    if mark := next((name for name in tensors if describe_factor(name)), None):
+        what = f"it is of {describe_factor(mark)}; merge it into its base with the tool it is from"
+        message = f"Cannot use '{mark}' in '{files[0]}': {what}."
         raise CheckpointError(message)
     if kohya.is_kohya(tensors):
         return kohya.index_adapter(files[0], tensors, ref=ref)
     if lora := next((name for name in tensors if FOREIGN_LORA.match(name)), None):
-        message = (
-            f"Cannot use '{files[0]}': '{lora}' is a LoRA factor without '{peft.CONFIG}' beside it, which gives its "
-            "scale; convert it to PEFT's format, or merge it into its base."
-        )
-        raise CheckpointError(message)
+        return _open_lora(files[0], lora, ref=ref)
     tensors = attach_scales(tensors, told)
-    return Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases)
+    notes = () if state else tuple(note for file in opened if is_pickled(file) for note in pickled.note_left(file))
+    return Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases, notes=notes)
+
+
+def _open_lora(file: Path, name: str, *, ref: str) -> Opened | ForeignAdapter:
+    """Open a file of LoRA factors by the config beside it, or say that there is none."""
+    folder = file.parent
+    if (folder / CONFIG).is_file():
+        return peft.open_adapter(folder, ref=ref, file=file)
+    other = next((path.name for path in sorted(folder.glob(f"*{Path(CONFIG).stem}*.json"))), "")
+    way = f"rename '{other}' to that if it is this adapter's" if other else "convert it to PEFT's format"
+    message = (
+        f"Cannot use '{file}': '{name}' is a LoRA factor without '{CONFIG}' beside it, which gives its scale; {way}, "
+        "or merge it into its base."
+    )
+    raise CheckpointError(message)
 
 
 def _nothing_readable(folder: Path, names: list[str]) -> str:
@@ -133,8 +162,8 @@ def _nothing_readable(folder: Path, names: list[str]) -> str:
     for suffix, what in UNREADABLE.items():
         if found := next((name for name in names if name.endswith(suffix)), None):
             return f"Cannot open '{folder}': '{found}' is {what}."
-    if peft.CONFIG in names:
-        return f"Cannot open '{folder}': it has '{peft.CONFIG}' and none of {', '.join(peft.WEIGHTS)}; download them."
+    if CONFIG in names:
+        return f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
     inner = [
         name
         for name in names
@@ -144,63 +173,3 @@ def _nothing_readable(folder: Path, names: list[str]) -> str:
         return f"Cannot open '{folder}': its weights lie in folders; open one of {', '.join(inner)}."
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
     return f"Cannot open '{folder}': expected {', '.join(SUFFIXES)} or an index.json, found {listed}; check the path."
-
-
-def fingerprint(source: Opened | ForeignAdapter) -> dict[str, str]:
-    """Hash a checkpoint's files from their sizes, headers and samples, never reading them whole.
-
-    Returns
-    -------
-    dict of str
-        File name within the checkpoint → 32 hexadecimal digits; the same wherever and whenever the file was copied.
-
-    Raises
-    ------
-    CheckpointError
-        If a file cannot be read.
-    """
-    settings = source.root / ("config.json" if isinstance(source, Checkpoint) else peft.CONFIG)
-    files = [*source.files, *([settings] if source.config and settings.is_file() else [])]
-    return {file.relative_to(source.root).as_posix(): _hash(file) for file in files}
-
-
-def identify_source(source: Opened | ForeignAdapter) -> SourceIdentity:
-    """Say which files a source is, for a manifest: what was asked for, revision, fingerprints, times of modification.
-
-    Fingerprints are samples, so times are kept too: an edit between samples is not missed.
-    """
-    modified = {file.name: file.stat().st_mtime_ns for file in source.files}
-    return {"ref": source.ref, "revision": source.revision, "files": fingerprint(source), "modified": modified}
-
-
-def _hash(file: Path) -> str:
-    try:
-        digest = hashlib.sha256(str(file.stat().st_size).encode())
-        with file.open("rb", buffering=0) as stream:
-            for start, length in _samples(file, digest):
-                stream.seek(start)
-                digest.update(stream.read(length))
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as cause:  # the last for unknown zip versions
-        message = f"Cannot read '{file}' ({cause}): check that it is still there and whole."
-        raise CheckpointError(message) from cause
-    return digest.hexdigest()[:32]
-
-
-def _samples(file: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int]]:
-    """Yield (start, length) of what is hashed of a file; what its format knows about itself goes in at once."""
-    size = file.stat().st_size
-    if file.name.endswith(".json"):
-        yield 0, size
-    elif is_safetensors(file):
-        raw, header = tensor_reader.read_header(file)
-        digest.update(raw)
-        for entry in (entry for name, entry in header.items() if name != "__metadata__"):
-            begin, end = (len(raw) + offset for offset in entry["data_offsets"])
-            length = min(SAMPLE, end - begin)
-            yield from ((start, length) for start in (begin, (begin + end - length) // 2, end - length))
-    else:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:  # its directory holds a checksum of every tensor
-                digest.update(repr([(record.filename, record.CRC) for record in archive.infolist()]).encode())
-        step = max(size - SAMPLE, 0) / (SAMPLES - 1)
-        yield from ((round(number * step), SAMPLE) for number in range(SAMPLES))

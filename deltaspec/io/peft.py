@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_parameters
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
-from deltaspec.io import shards
+from deltaspec.io.foreign_marks import describe_factor
+from deltaspec.io.peft_files import CONFIG, WEIGHTS, choose_adapter, gather_adapter
 from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankTerm, TensorSpec
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FACTOR = re.compile(
-    r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.(?P<kind>weight|bias))?"
+    r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
+    r"(\.(?P<adapter>(?!weight$|bias$)[^.]+))?(\.(?P<kind>weight|bias))?"
 )
-WHOLE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)")
+WHOLE = r"\.modules_to_save(\.{adapter})?(?=\.)|\.base_layer(?=\.)"
+DEFAULT = "default"  # the adapter's name where nothing gives it one; PEFT leaves names out, other tools keep them
 REFUSED = {
     "use_dora": "DoRA, whose magnitudes make the change full-rank",
     "use_qalora": "QALoRA",
@@ -26,7 +28,10 @@ REFUSED = {
     "trainable_token_indices": "trainable_token_indices",
     "layer_replication": "layer_replication",
     "kasa_config": "KaSA",
+    "arrow_config": "an Arrow router over other adapters",
+    "monteclora_config": "MonteCLoRA",
 }
+ALORA = "an aLoRA, whose factors act only after its invocation tokens"
 FOLDED_SINCE = (0, 19, 1)  # PEFT folded the factors of target_parameters otherwise before
 INNER = re.compile(r"(\.base_layer)+$")
 ACTIVATIONS = {  # types whose adapters change no weights
@@ -36,7 +41,7 @@ ACTIVATIONS = {  # types whose adapters change no weights
 MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # these subtract the initial factors from the base
 
 
-def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
+def open_adapter(folder: Path, *, ref: str, file: Path | None = None) -> AdapterIndex | ForeignAdapter:
     """Open a folder that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
 
     Parameters
@@ -44,6 +49,8 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
     folder : Path
     ref : str
         What the user asked for.
+    file : Path, optional
+        Where the weights are called otherwise.
 
     Returns
     -------
@@ -57,23 +64,23 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
     """
     path = folder / CONFIG
     config = json_file.read_json(path)
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    name = "" if file else choose_adapter([entry.name for entry in folder.iterdir()])
+    file = folder / name if name else file
     if sentence := _refusal(config, path):
         return ForeignAdapter(ref, folder, () if file is None else (file,), config, sentence)
     if file is None:
         message = f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
         raise CheckpointError(message)
-    tensors, _ = shards.list_tensors(file)
-    if any("lora_magnitude_vector" in name for name in tensors):
-        what = f"a LoRA adapter with {REFUSED['use_dora']}"
-        return ForeignAdapter(ref, folder, (file,), config, _say_foreign(file, what))
-    return _index(ref, file, config, tensors)
+    files, (tensors, _) = gather_adapter(file)
+    if mark := next(filter(None, map(describe_factor, tensors)), ""):
+        return ForeignAdapter(ref, folder, files, config, _say_foreign(file, f"a LoRA adapter with {mark}"))
+    return replace(_index(ref, file, config, tensors), files=files)
 
 
 def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, TensorSpec]) -> AdapterIndex:
     """Sort the tensors of plain LoRA, and pair its factors."""
     path = file.with_name(CONFIG)
-    factors, full, biases = _sort(tensors)
+    factors, full, biases = _sort(tensors, file)
     if not factors and not full:
         message = f"Cannot use '{file}': it holds no LoRA factors; check that the adapter was trained and saved."
         raise CheckpointError(message)
@@ -88,7 +95,10 @@ def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, Tens
         )
         raise CheckpointError(message)
     base = config.get("base_model_name_or_path")
-    return AdapterIndex(ref, file.parent, (file,), modules, full, biases, base if isinstance(base, str) else "", config)
+    index = AdapterIndex(
+        ref, file.parent, (file,), modules, full, biases, base if isinstance(base, str) else "", config
+    )
+    return index if config.get("alora_invocation_tokens") is None else replace(index, conditional=ALORA)
 
 
 def _refusal(config: dict[str, Any], path: Path) -> str:
@@ -152,13 +162,23 @@ def _name_parameters(
     return named
 
 
+def _name_of(tensors: dict[str, TensorSpec], file: Path) -> str:
+    """Return the one name of an adapter that the keys of its factors carry; DEFAULT where they carry none."""
+    found = {match["adapter"] or DEFAULT for key in tensors if (match := FACTOR.fullmatch(key.removeprefix(PREFIX)))}
+    if len(found) > 1:
+        message = f"Cannot use '{file}': it holds several adapters ({', '.join(sorted(found))}); save one alone."
+        raise CheckpointError(message)
+    return next(iter(found), DEFAULT)
+
+
 def _sort(
-    tensors: dict[str, TensorSpec],
+    tensors: dict[str, TensorSpec], file: Path
 ) -> tuple[dict[str, dict[str, TensorSpec]], dict[str, TensorSpec], dict[str, TensorSpec]]:
     """Sort the tensors into factors by module ("A", "B", "embedding_A", …), whole tensors, and biases by module."""
     factors: dict[str, dict[str, TensorSpec]] = {}
     full: dict[str, TensorSpec] = {}
     biases: dict[str, TensorSpec] = {}
+    whole = re.compile(WHOLE.format(adapter=re.escape(_name_of(tensors, file))))
     for key, spec in tensors.items():
         name = key.removeprefix(PREFIX)
         match = FACTOR.fullmatch(name)
@@ -168,7 +188,7 @@ def _sort(
                     f"Cannot use '{key}' in '{spec.file}': it is no LoRA factor of a known kind; merge the adapter."
                 )
                 raise CheckpointError(message)
-            full[WHOLE.sub("", name)] = spec
+            full[whole.sub("", name)] = spec
         elif match["kind"] == "bias":
             biases[match["module"]] = spec
         else:

@@ -15,7 +15,7 @@ from deltaspec.architecture.peft_names import NESTED, ends_in, named_alike
 from deltaspec.files.atomic import write_whole
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
-from deltaspec.io.peft import CONFIG, WEIGHTS
+from deltaspec.io.peft_files import CONFIG, WEIGHTS
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.io.peft_targets import Target, make_targets
 from deltaspec.io.peft_tensors import list_factors, plan_whole

@@ -93,8 +93,14 @@ def read_index(index: Path) -> dict[str, str]:
     return found
 
 
-def list_tensors(file: Path) -> Contents:
+def list_tensors(file: Path, state: str = "") -> Contents:
     """List the tensors of one file of either format, by its content, and the names it says were left out as shared.
+
+    Parameters
+    ----------
+    file : Path
+    state : str
+        Which dictionary of a pickled file; "" where one alone holds weights.
 
     Raises
     ------
@@ -104,11 +110,16 @@ def list_tensors(file: Path) -> Contents:
     if what := describe_foreign(file):
         message = f"Cannot read '{file}': it is {what}."
         raise CheckpointError(message)
-    return pickled.list_tensors(file) if is_pickled(file) else tensor_reader.list_tensors(file)
+    if is_pickled(file):
+        return pickled.list_tensors(file, state)
+    if state:
+        message = f"Cannot find '{state}' in '{file}': safetensors hold one dictionary; open the file by its own name."
+        raise CheckpointError(message)
+    return tensor_reader.list_tensors(file)
 
 
-def gather(files: Iterable[Path]) -> Contents:
-    """List the tensors of several files, whose names must differ.
+def gather(files: Iterable[Path], state: str = "") -> Contents:
+    """List the tensors of several files, whose names must differ; ``state`` as in ``list_tensors``.
 
     Raises
     ------
@@ -119,7 +130,7 @@ def gather(files: Iterable[Path]) -> Contents:
     aliases: dict[str, str] = {}
     owner: dict[str, Path] = {}
     for file in files:
-        found, shared = list_tensors(file)
+        found, shared = list_tensors(file, state)
         for name in (*found, *shared):
             if name in owner:
                 message = (

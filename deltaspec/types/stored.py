@@ -16,7 +16,8 @@ class TensorSpec:
     """One stored tensor, known from headers alone.
 
     ``scale`` is the companion tensor that dequantises it (fp8), one number for each block of ``block`` =
-    (rows, columns) elements; the real weight is stored value times scale.
+    (rows, columns) elements; the real weight is stored value times scale. ``state`` is the path of keys to the
+    dictionary of a pickled file that holds it, "" at the top.
     """
 
     name: str
@@ -25,6 +26,7 @@ class TensorSpec:
     dtype: str
     scale: TensorSpec | None = None
     block: tuple[int, int] | None = None
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,10 @@ class LowRankSource:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An opened checkpoint: an index of its tensors, nothing read yet."""
+    """An opened checkpoint: an index of its tensors, nothing read yet.
+
+    ``notes`` say what its files hold beside these tensors.
+    """
 
     ref: str
     root: Path
@@ -105,6 +110,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # not in tensors → the name it shares memory with
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,7 @@ class AdapterIndex:
 
     ``modules`` maps a module path ("model.layers.0.self_attn.q_proj") to its factors; ``full`` maps a tensor name to a
     tensor stored whole (modules_to_save); ``biases`` maps a module path to lora_B.bias, to be multiplied by scaling.
+    ``conditional`` names what restricts the change to some tokens, "" where there is no such thing.
     """
 
     ref: str
@@ -124,6 +131,7 @@ class AdapterIndex:
     base_model: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+    conditional: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io.open import fingerprint, open_plain
+from deltaspec.io.fingerprint import fingerprint
+from deltaspec.io.open import open_plain
 from tests.io.files import LAYOUTS, write_checkpoint, write_config
 
 

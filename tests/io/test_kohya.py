@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import deltaspec
 from deltaspec.errors import CheckpointError, PairingError
-from deltaspec.io.open import fingerprint, open_plain
+from deltaspec.io.fingerprint import fingerprint
+from deltaspec.io.open import open_plain
 from deltaspec.types import AdapterIndex
 from deltaspec.workflows.merging.merge import merge
 from tests.families import FAMILIES, random_state, write

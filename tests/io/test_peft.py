@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from deltaspec.errors import CheckpointError
+from deltaspec.io.fingerprint import fingerprint
 from deltaspec.io.matrix import read_low_rank, read_tensor
-from deltaspec.io.open import fingerprint, open_plain, open_source
+from deltaspec.io.open import open_plain, open_source
 from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankSource, View
 
 PREFIX = "base_model.model."

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from deltaspec.errors import PairingError
-from deltaspec.io.open import identify_source, open_plain, open_source
+from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.foreign_marks import describe_module
+from deltaspec.io.open import open_plain, open_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter, pair_adapters
 from deltaspec.pairing.dense import pair_checkpoints
@@ -83,9 +85,22 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
     elif isinstance(second, AdapterIndex):
         plan = pair_adapter(first, second, options)
     else:
+        if (what := describe_module(second.tensors)) and not describe_module(first.tensors):
+            message = f"Cannot compare {first.ref} with {second.ref}: the second is {what}."
+            raise PairingError(message)
         plan = pair_checkpoints(first, second, options)
     refuse_empty(plan, first, second)
+    for side in (first, second):
+        for text in _remarks(side):
+            plan.note(text)
     return plan
+
+
+def _remarks(side: Opened) -> tuple[str, ...]:
+    """Say what the numbers of one side are not, or leave out."""
+    if isinstance(side, Checkpoint):
+        return side.notes
+    return (f"{side.ref} is {side.conditional}: what follows is its change there",) if side.conditional else ()
 
 
 def analyze(

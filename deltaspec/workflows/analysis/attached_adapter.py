@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from deltaspec.architecture.peft_names import PREFIX
 from deltaspec.errors import CheckpointError, PairingError
 from deltaspec.io import shards
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.homes import find_homes
 from deltaspec.pairing.names import align_names
@@ -120,7 +120,7 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
         raise PairingError(message)
     if not adapter.files:
         raise CheckpointError(adapter.refusal)
-    stored, model = _read(adapter.files[0]), base.run() if weights else base.outline()
+    stored, model = _read(adapter.files), base.run() if weights else base.outline()
     tensors, whole, notes = _fit(stored, model)
     try:
         attachment = attach_stored(model, adapter.config, tensors, name=name)
@@ -136,8 +136,8 @@ def attach_adapter(base: Base, adapter: ForeignAdapter, *, name: str, weights: b
     )
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    tensors, _ = shards.list_tensors(file)
+def _read(files: tuple[Path, ...]) -> dict[str, Tensor]:
+    tensors, _ = shards.gather(files)
     return {name: read_tensor(spec) for name, spec in tensors.items()}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError, DeltaspecError, OptionError, PairingError
-from deltaspec.io.open import identify_source
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.options import AnalyzeOptions
 from deltaspec.store.formats.run import TrajectoryContent
 from deltaspec.store.run import Run

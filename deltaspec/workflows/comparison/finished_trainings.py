@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import OptionError, RunError
-from deltaspec.io.open import identify_source
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.options.training import TargetOptions
 from deltaspec.store.formats.training import DataReport, TrainingReport
 from deltaspec.store.training_folder import FINAL, read_report

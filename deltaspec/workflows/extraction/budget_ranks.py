@@ -15,8 +15,8 @@ from deltaspec.delta import DenseDelta, energy_of
 from deltaspec.errors import NumericalError, RunError
 from deltaspec.extraction.budget import Unit, allocate_ranks, uniform_rank
 from deltaspec.files.dtypes import OPTIONS
+from deltaspec.io.fingerprint import fingerprint
 from deltaspec.io.matrix import read_low_rank
-from deltaspec.io.open import fingerprint
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.linalg.svd import decompose

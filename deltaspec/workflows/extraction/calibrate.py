@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from deltaspec.engine.local import resolve_devices
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.io.moments import Moments, is_empty, open_moments, write_moments, write_part
-from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import CalibrateOptions
 from deltaspec.pairing.names import natural_order

@@ -13,8 +13,10 @@ from torch import Tensor
 from deltaspec.architecture.peft_names import is_parameter
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import OptionError, PairingError
+from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.foreign_marks import describe_module
 from deltaspec.io.matrix import read_tensor
-from deltaspec.io.open import identify_source, open_plain
+from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import StandIn
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
@@ -152,7 +154,8 @@ def _open_base(base: str | Path | None) -> Checkpoint | None:
 def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
     index = open_plain(path)
     if not isinstance(index, AdapterIndex):
-        message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
+        what = describe_module(index.tensors) or "a full checkpoint; deltaspec extract makes an adapter of it"
+        message = f"Cannot use {index.ref}: combine and resize take LoRA adapters, and it is {what}."
         raise PairingError(message)
     if base is not None:
         return replace(resolve_flattened(index, base, plan), base_model=base.ref)

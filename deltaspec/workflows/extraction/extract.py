@@ -9,8 +9,8 @@ from pathlib import Path
 
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import PairingError
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.io.moments import Moments, open_moments
-from deltaspec.io.open import identify_source
 from deltaspec.io.staging import Staging
 from deltaspec.options import ExtractOptions
 from deltaspec.store.formats.adapter import AdapterReport, ExtractionIdentity

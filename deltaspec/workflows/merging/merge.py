@@ -13,7 +13,9 @@ from typing import Any
 
 from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.files.atomic import whole_file
-from deltaspec.io.open import identify_source, open_plain
+from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.foreign_marks import describe_module
+from deltaspec.io.open import open_plain
 from deltaspec.io.staging import Staging
 from deltaspec.options import MergeOptions
 from deltaspec.store.formats.adapter import MergeIdentity
@@ -63,7 +65,8 @@ def merge(
     facts, files, inputs = _describe(source, given, dtype), assign_files(rewrite, Path(out)), _list_files(source, given)
     with Staging(out, identity=_identity(facts), overwrite=overwrite, inputs=inputs) as staging:
         rows = write_files(rewrite, files, staging.path / "built", staging.path / "rows", progress=progress)
-        report = MergeReport(staging.out, facts, rows, tuple(str(note) for note in rewrite.changes.notes))
+        notes = (*source.notes, *(str(note) for note in rewrite.changes.notes))
+        report = MergeReport(staging.out, facts, rows, notes)
         return _finish(rewrite, files, staging, report)
 
 
@@ -154,6 +157,7 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
 def _open_adapter(place: str | Path, weight: float) -> Addend:
     source = open_plain(place)
     if isinstance(source, Checkpoint):
-        message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."
+        what = describe_module(source.tensors) or "a full checkpoint; deltaspec extract makes an adapter of it"
+        message = f"Cannot merge {source.ref}: it is {what}."
         raise PairingError(message)
     return source, weight

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltaspec.errors import CheckpointError, OptionError
-from deltaspec.io.open import identify_source
+from deltaspec.io.fingerprint import identify_source
 from deltaspec.options.recipe import Recipe
 from deltaspec.training.methods import METHODS
 from deltaspec.training.methods.virtual_tokens.virtual import count_positions

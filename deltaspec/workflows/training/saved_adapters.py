@@ -15,7 +15,7 @@ from deltaspec.files.atomic import whole_file
 from deltaspec.files.tensor_writer import SAVED, write_tensors
 from deltaspec.io import hub
 from deltaspec.io.file_formats import SUFFIXES
-from deltaspec.io.peft import CONFIG, WEIGHTS
+from deltaspec.io.peft_files import CONFIG, WEIGHTS
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.stored.adapter_format import adapter_config, adapter_tensors, attach_stored, head_tensors
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io.open import fingerprint
+from deltaspec.io.fingerprint import fingerprint
 from deltaspec.types import AdapterIndex, Checkpoint
 
 

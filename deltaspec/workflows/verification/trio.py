@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
+from deltaspec.io.foreign_marks import describe_module
 from deltaspec.io.open import open_plain
 from deltaspec.io.peft_layout import Layout, lay_out
 from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.plan import Plan, refuse_shapes
-from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.types import AdapterIndex, Checkpoint, Opened
 from deltaspec.workflows.analysis.analyze import make_plan
 from deltaspec.workflows.verification.claims import Claims, read_claims
 
@@ -53,12 +54,15 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     plan, first, second = make_plan(base, tuned, options)
     index = open_plain(adapter)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
-        message = (
-            f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
-        )
+        what = describe_module(index.tensors) if isinstance(index, Checkpoint) else ""
+        message = f"Cannot verify {index.ref}: it is {what}." if what else _misplaced(first, index)
         raise PairingError(message)
     claims = read_claims(index, second)
     adapted = pair_adapter(first, index, options)
     refuse_shapes(adapted.heads, vocabulary=False)
     heads = sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"})
     return Trio(first, second, index, plan, adapted, lay_out(first, heads), claims)
+
+
+def _misplaced(first: Opened, index: Opened) -> str:
+    return f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
