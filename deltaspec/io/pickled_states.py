@@ -125,7 +125,7 @@ def list_left(states: States, chosen: str, *, file: Path) -> list[str]:
         for path, tensors in states.named.items()
         if path != chosen and is_average(path) and _holds_weights(tensors)
     ]
-    if lists := [path or TOP for path in states.unnamed]:
+    if lists := states.unnamed:
         notes.append(f"'{file.name}' also holds tensors without names under {_list(lists)}, which are left out")
     return notes
 
@@ -141,5 +141,5 @@ def _holds_weights(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _list(paths: Mapping[str, object] | list[str]) -> str:
-    shown = [f"'{path or TOP}'" for path in paths]
+    shown = [f"'{path}'" if path else f"'{TOP}' (the top)" for path in paths]
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")

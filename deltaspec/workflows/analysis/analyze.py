@@ -16,7 +16,7 @@ from deltaspec.pairing.dense import pair_checkpoints
 from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
 from deltaspec.store.formats.run import RunContent
 from deltaspec.store.run import Run
-from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, Note, NoteKind, Opened, Step
 from deltaspec.workflows.analysis.stored_matrix import Task, analyze_matrix, memory_of
 from deltaspec.workflows.shared.fill_run import Execution, fill_run
 from deltaspec.workflows.shared.opened_base import Base
@@ -90,9 +90,7 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
             raise PairingError(message)
         plan = pair_checkpoints(first, second, options)
     refuse_empty(plan, first, second)
-    for side in (first, second):
-        for text in _remarks(side):
-            plan.note(text)
+    plan.notes[:0] = [Note(NoteKind.REMARK, text) for side in (first, second) for text in _remarks(side)]
     return plan
 
 
