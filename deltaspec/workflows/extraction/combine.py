@@ -154,7 +154,7 @@ def _open_base(base: str | Path | None) -> Checkpoint | None:
 def _open(path: str | Path, base: Checkpoint | None, plan: Plan) -> AdapterIndex:
     index = open_plain(path)
     if not isinstance(index, AdapterIndex):
-        what = describe_module(index.tensors) or "a full checkpoint; deltaspec extract makes an adapter of it"
+        what = describe_module(index.tensors) or "a full checkpoint; extract one first"
         message = f"Cannot use {index.ref}: combine and resize take LoRA adapters, and it is {what}."
         raise PairingError(message)
     if base is not None:
