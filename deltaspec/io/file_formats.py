@@ -7,8 +7,12 @@ from pathlib import Path
 
 from deltaspec.files.tensor_reader import LFS_POINTER
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pth.tar", ".pt.tar")
-SUFFIXES = (".safetensors", *PICKLED)
+SAVED = (".safetensors", ".bin", ".pt", ".pth")
+TRAINING = (".ckpt", ".pth.tar", ".pt.tar")
+PICKLED = (*SAVED[1:], *TRAINING)
+ORDER = (SAVED[:1], SAVED[1:], TRAINING)
+"""What a folder's weights are taken from: the first of these that it has."""
+SUFFIXES = (*SAVED, *TRAINING)
 CONVERT = "convert it to a Hugging Face folder with safetensors"
 DISTRIBUTED = f"a distributed checkpoint (FSDP or DCP); consolidate it with torch.distributed.checkpoint and {CONVERT}"
 UNPACK = "a packed archive; unpack it and open what is inside"

@@ -171,5 +171,9 @@ def _nothing_readable(folder: Path, names: list[str]) -> str:
     ]
     if inner:
         return f"Cannot open '{folder}': its weights lie in folders; open one of {', '.join(inner)}."
+    if held := next((name for name in names if (folder / name).is_file() and may_hold_weights(folder / name)), None):
+        return (
+            f"Cannot open '{folder}': which of its files are the weights is not told by '{held}'; open it by its path."
+        )
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
     return f"Cannot open '{folder}': expected {', '.join(SUFFIXES)} or an index.json, found {listed}; check the path."

@@ -36,6 +36,7 @@ MARKS = {
     ".weight_zero_point": "zero points",
 }
 COMFY = ("float8_e4m3fn", "float8_e5m2")  # formats of ComfyUI that are stored values times weight_scale
+HINT = re.compile(r"scale|absmax|amax|quant|exponent")
 SAMPLES, ROWS = 16, 64
 LARGE = 24.0  # no model's weights are that large in most of its matrices; codes that fill fp8's range are
 
@@ -63,7 +64,7 @@ def attach_scales(tensors: Tensors, told: Quantisation) -> dict[str, TensorSpec]
     _check_comfy(coded, tensors)
     scaled = {spec.name: _scaled(spec, scale, told) for spec in coded if (scale := _companion(spec.name, tensors))}
     used = {spec.scale.name for spec in scaled.values() if spec.scale}
-    plain = [spec for spec in coded if spec.name not in scaled and spec.name not in used]
+    plain = [spec for spec in coded if spec.name not in {*scaled, *used} and spec.dtype != "F8_E8M0"]
     _check_plain(plain, tensors, told, used)
     return {
         name: scaled.get(name, spec)
@@ -158,8 +159,9 @@ def _check_plain(plain: list[TensorSpec], tensors: Tensors, told: Quantisation, 
     sign = f"{told.source} says that weights are quantised" if told.source else ""
     sign = sign or (f"'{marker}' says that weights have scales" if marker else "")
     sign = sign or (f"other tensors have scales ('{min(used)}')" if used else "")
+    sign = sign or (f"'{beside}' may be a scale" if plain and (beside := _find_hint(plain, tensors)) else "")
     if plain and not sign and _typical_size(plain) > LARGE:
-        sign = f"their typical size, {_typical_size(plain):.0f}, is that of codes"
+        sign = f"numbers of a typical size of {_typical_size(plain):.0f} are codes"
     if plain and sign:
         spec = plain[0]
         message = (
@@ -183,6 +185,20 @@ def _check_leftovers(spec: TensorSpec, tensors: Tensors) -> None:
             "and whether it is multiplied already is not known; remove the scales if it is."
         )
         raise CheckpointError(message)
+
+
+def _find_hint(plain: list[TensorSpec], tensors: Tensors) -> str:
+    """Name a tensor that may scale one of these though its name is not known: by where it lies, or by its dtype."""
+    modules = {module for spec in plain for module in (spec.name, spec.name.rpartition(".")[0])}
+    return next(
+        (
+            name
+            for name, spec in tensors.items()
+            if spec.dtype == "F8_E8M0"
+            or (HINT.search(_leaf(name)) and name.rpartition(".")[0] in modules and not ACTIVATIONS.fullmatch(name))
+        ),
+        "",
+    )
 
 
 def _typical_size(specs: list[TensorSpec]) -> float:

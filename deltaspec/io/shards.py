@@ -15,7 +15,7 @@ from deltaspec.files.json_file import read_json
 from deltaspec.files.tensor_reader import Contents
 from deltaspec.files.tensor_writer import size_of
 from deltaspec.io import pickled
-from deltaspec.io.file_formats import PICKLED, describe_foreign, is_pickled
+from deltaspec.io.file_formats import ORDER, describe_foreign, is_pickled
 from deltaspec.types import Entry, TensorSpec
 
 WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
@@ -27,8 +27,8 @@ NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\..*)")
 def choose_weights(names: Collection[str]) -> tuple[str, ...]:
     """Choose from a folder's file names those to open: one index, or the files that hold all weights.
 
-    Safetensors come before pickled files, an index before single files, and the customary name before others;
-    several files without an index are taken together.
+    Safetensors come before pickled files and those before training checkpoints (.ckpt), an index before single files,
+    and the customary name before others; several files without an index are taken together.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def choose_weights(names: Collection[str]) -> tuple[str, ...]:
     ('model.safetensors',)
     """
     top = sorted((name for name in names if "/" not in name), key=lambda name: (len(name), name))
-    for suffixes in ((".safetensors",), PICKLED):
+    for suffixes in ORDER:
         indexes = [name for name in top if name.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
         customary = [name for name in WHOLE if name in top and name.endswith(suffixes)]
         if indexes or customary:

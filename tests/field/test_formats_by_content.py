@@ -65,6 +65,18 @@ def test_a_folder_of_such_files(name, tmp_path):
     assert set(open_plain(tmp_path).tensors) == {"layers.0.q_proj.weight"}
 
 
+def test_a_training_checkpoint_beside_weights_is_not_mixed_with_them(tmp_path):
+    torch.save({"w": W}, tmp_path / "weights.pt")
+    torch.save({"state_dict": {"model.w": W}, "epoch": 3}, tmp_path / "last.ckpt")
+    assert set(open_plain(tmp_path).tensors) == {"w"}
+
+
+def test_a_folder_whose_names_tell_nothing_names_the_file(tmp_path):
+    (tmp_path / "weights").write_bytes(WEIGHTS["safetensors"])
+    (tmp_path / "notes.txt").write_text("text")
+    assert "by 'weights'; open it by its path" in refusal(tmp_path)
+
+
 def test_shards_and_an_index_of_pickles_called_safetensors(tmp_path):
     for number in (1, 2):
         torch.save({f"w{number}": W + number}, tmp_path / f"model-0000{number}-of-00002.safetensors")

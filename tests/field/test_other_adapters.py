@@ -77,7 +77,7 @@ NEEDS: dict[str, dict[str, object]] = {
     "TrainableTokensConfig": {"target_modules": ["emb"], "token_indices": [1]},
     "LNTuningConfig": {"target_modules": ["norm"]},
     "IA3Config": {"feedforward_modules": []},
-    **dict.fromkeys(("RandLoraConfig", "GraloraConfig", "MissConfig", "ShiraConfig"), {"r": 4}),
+    **{kind: {"r": 4} for kind in ("RandLoraConfig", "GraloraConfig", "MissConfig", "ShiraConfig")},
 }  # fmt: skip
 
 

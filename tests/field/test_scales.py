@@ -139,6 +139,9 @@ SIGNS = {
     "compressed-tensors": ({}, {"compression_config": {"quant_method": "compressed-tensors"}}, "config.json says"),
     "a marker": ({"scaled_fp8": torch.zeros(2).to(FP8)}, {}, "'scaled_fp8' says"),
     "a layer's marker": ({f"{MODULE}.comfy_quant": torch.zeros(2, dtype=torch.uint8)}, {}, "comfy_quant' says"),
+    "a name that is not known": ({f"{MODULE}.scales": torch.ones(1)}, {}, f"'{MODULE}.scales' may be a scale"),
+    "a part of the weight": ({f"{NAME}.absmax_": torch.ones(1)}, {}, f"'{NAME}.absmax_' may be a scale"),
+    "exponents": ({"exps": torch.ones(4).to(torch.float8_e8m0fnu)}, {}, "'exps' may be a scale"),
     "another tensor": ({"a.weight": torch.zeros(8, 8).to(FP8), "a.scale": torch.ones(1)}, {}, "'a.scale'"),
 }  # fmt: skip
 
@@ -172,7 +175,7 @@ def test_a_plain_cast_is_read_and_codes_are_not(dtype, tmp_path):
     source = open_plain(written(tmp_path / "cast", {NAME: weight.to(dtype)}))
     assert torch.equal(read_values(source.tensors[NAME]).double(), weight.to(dtype).double())
     codes = (weight / weight.abs().max() * torch.finfo(dtype).max).to(dtype)
-    assert "that of codes" in refusal(written(tmp_path / "codes", {NAME: codes}))
+    assert "are codes" in refusal(written(tmp_path / "codes", {NAME: codes}))
     few = {f"layers.{i}.q_proj.weight": weight.to(dtype) for i in range(2)}  # one large embedding is no evidence
     assert isinstance(open_plain(written(tmp_path / "mixed", {"embed_tokens.weight": codes, **few})), Checkpoint)
 
