@@ -68,28 +68,33 @@ def _read_head(file: Path) -> tuple[bytes, int]:
 
 def is_safetensors(file: Path) -> bool:
     """Tell whether a file begins as safetensors do: with the length of a JSON object, and that object."""
-    head, size = _read_head(file)
+    return _begins_with_json(*_read_head(file))
+
+
+def _begins_with_json(head: bytes, size: int) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 def is_pickled(file: Path) -> bool:
     """Tell whether a file of weights is a pickle of torch, else it is safetensors; a damaged one goes by its name."""
-    if is_safetensors(file):
+    head, size = _read_head(file)
+    if _begins_with_json(head, size):
         return False
-    return _read_head(file)[0].startswith((ZIP, PICKLE)) or not file.name.endswith(".safetensors")
+    return head.startswith((ZIP, PICKLE)) or not file.name.endswith(".safetensors")
 
 
 def may_hold_weights(file: Path) -> bool:
     """Tell whether a file can be read as weights, by its content or, where that tells nothing, by its name."""
-    known = is_safetensors(file) or _read_head(file)[0].startswith((ZIP, PICKLE))
+    head, size = _read_head(file)
+    known = _begins_with_json(head, size) or head.startswith((ZIP, PICKLE))
     return not describe_foreign(file) and (known or file.name.endswith(SUFFIXES))
 
 
 def describe_foreign(file: Path) -> str:
     """Say what a file that is no weights for deltaspec is, and what to do; "" where nothing speaks against it."""
-    if is_safetensors(file):
+    head, size = _read_head(file)
+    if _begins_with_json(head, size):
         return ""
-    head, _ = _read_head(file)
     for offset, magic, what in MAGIC:
         if head[offset : offset + len(magic)] == magic:
             return what

@@ -78,7 +78,9 @@ def _list_settings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _scopes(config: dict[str, Any]) -> list[dict[str, Any]]:
-    return [config, *(inner for key, inner in config.items() if isinstance(inner, dict) and key not in KEYS)]
+    """List a config and those of the models inside it, however deep."""
+    inner = [value for key, value in config.items() if isinstance(value, dict) and key not in KEYS]
+    return [config, *(scope for value in inner for scope in _scopes(value))]
 
 
 def _check_method(settings: dict[str, Any], source: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import deltaspec
 from deltaspec.errors import CheckpointError
+from deltaspec.io.content import same_content
 from deltaspec.io.matrix import open_matrix, read_values
 from deltaspec.io.open import open_plain
 from deltaspec.options import MergeOptions
@@ -103,6 +104,18 @@ def test_scales_that_are_exponents(grid, block, settings, stored_as, tmp_path):
     assert np.array_equal(read(written(tmp_path, {NAME: stored, f"{NAME}_scale": exponents}, **config)), real)
 
 
+def test_a_head_and_an_embedding_with_exponents_are_found_to_be_one(tmp_path):
+    stored, scale, _ = quantise((256, 10), (1, 32), powers=True)
+    exponents = (torch.log2(scale) + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    twice = {name: stored.clone() for name in names} | {f"{name}_scale": exponents.clone() for name in names}
+    base = open_plain(written(tmp_path, twice))
+    assert same_content(*(base.tensors[name] for name in names))
+    twice["lm_head.weight_scale"].view(torch.uint8)[7, 7] += 1
+    base = open_plain(written(tmp_path, twice))
+    assert not same_content(*(base.tensors[name] for name in names))
+
+
 def test_an_exponent_of_255_is_no_number(tmp_path):
     stored, scale, _ = quantise((256, 10), (1, 32))
     exponents = torch.full(scale.shape, 127, dtype=torch.uint8)
@@ -110,6 +123,10 @@ def test_an_exponent_of_255_is_no_number(tmp_path):
     found = read(written(tmp_path, {NAME: stored, f"{NAME}_scale": exponents}))
     assert np.isnan(found[3, 128:160]).all()
     assert np.isfinite(np.delete(found, 3, axis=0)).all()
+    base = written(tmp_path / "base", {NAME: torch.zeros(256, 320)})
+    (problem,) = deltaspec.analyze(base, tmp_path, tmp_path / "run").failures.values()
+    assert f"'{NAME}_scale'" in str(problem)
+    assert "(3, 4)" in str(problem)
 
 
 def test_bytes_that_need_not_be_exponents_are_not_taken_for_them(tmp_path):
@@ -217,7 +234,7 @@ def test_a_merge_leaves_nothing_of_the_quantisation(companion, tmp_path):
         "conv.scale": torch.full((4,), 0.5),
     }  # fmt: skip
     told = {"_quantization_metadata": "{}", "author": "someone"}
-    base = written(tmp_path / "base", tensors, told, **CONFIG, text_config=CONFIG)
+    base = written(tmp_path / "base", tensors, told, **CONFIG, thinker={"text_config": CONFIG})
     for name in ("hf_quant_config.json", "quantize_config.json"):
         (base / name).write_text("{}")
     (base / "tokenizer.json").write_text("{}")
@@ -232,7 +249,7 @@ def test_a_merge_leaves_nothing_of_the_quantisation(companion, tmp_path):
     assert found["conv.weight"].unique().tolist() == [224.0]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "deltaspec.json", "model.safetensors", "tokenizer.json"}
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"text_config": {}}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"thinker": {"text_config": {}}}
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"author": "someone"}
 
