@@ -18,7 +18,7 @@ from deltaspec.io.file_formats import (
     is_pickled,
     may_hold_weights,
 )
-from deltaspec.io.foreign_marks import describe_factor
+from deltaspec.io.foreign_marks import find_factor
 from deltaspec.io.peft_files import CONFIG, WEIGHTS, choose_adapter
 from deltaspec.io.pickled_states import split_state
 from deltaspec.io.quantisation_config import read_quantisation
@@ -130,9 +130,11 @@ def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any], state:
     if not tensors:
         message = f"Cannot use '{files[0]}': it holds no tensors; check that it is a model's weights."
         raise CheckpointError(message)
-    if mark := next((name for name in tensors if describe_factor(name)), None):
-        what = f"it is of {describe_factor(mark)}; merge it into its base with the tool it is from"
-        message = f"Cannot use '{mark}' in '{files[0]}': {what}."
+    name, kind = find_factor(tensors)
+    if kind:
+        message = (
+            f"Cannot use '{name}' in '{files[0]}': it is of {kind}; merge it into its base with the tool it is from."
+        )
         raise CheckpointError(message)
     if kohya.is_kohya(tensors):
         return kohya.index_adapter(files[0], tensors, ref=ref)

@@ -11,7 +11,7 @@ from typing import Any
 from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_parameters
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
-from deltaspec.io.foreign_marks import describe_factor
+from deltaspec.io.foreign_marks import find_factor
 from deltaspec.io.peft_files import CONFIG, WEIGHTS, choose_adapter, gather_adapter
 from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankTerm, TensorSpec
 
@@ -72,8 +72,8 @@ def open_adapter(folder: Path, *, ref: str, file: Path | None = None) -> Adapter
         message = f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
         raise CheckpointError(message)
     files, (tensors, _) = gather_adapter(file)
-    if mark := next(filter(None, map(describe_factor, tensors)), ""):
-        return ForeignAdapter(ref, folder, files, config, _say_foreign(file, f"a LoRA adapter with {mark}"))
+    if kind := find_factor(tensors)[1]:
+        return ForeignAdapter(ref, folder, files, config, _say_foreign(file, f"a LoRA adapter with {kind}"))
     return replace(_index(ref, file, config, tensors), files=files)
 
 
