@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -37,7 +38,7 @@ MARKS = {
 }
 COMFY = ("float8_e4m3fn", "float8_e5m2")  # formats of ComfyUI that are stored values times weight_scale
 HINT = re.compile(r"scale|absmax|amax|quant|exponent")
-SAMPLES, ROWS = 16, 64
+SAMPLES, ROWS, ENOUGH = 16, 64, 1024  # matrices, their rows, and the numbers that a matrix must hold
 LARGE = 24.0  # no model's weights are that large in most of its matrices; codes that fill fp8's range are
 
 
@@ -203,7 +204,7 @@ def _find_hint(plain: list[TensorSpec], tensors: Tensors) -> str:
 
 def _typical_size(specs: list[TensorSpec]) -> float:
     """Return the median over some matrices of the root mean square of their first rows; nothing else is read."""
-    matrices = [spec for spec in specs if len(spec.shape) > 1 and 0 not in spec.shape]
+    matrices = [spec for spec in specs if len(spec.shape) > 1 and math.prod(spec.shape) >= ENOUGH]
     chosen = matrices[:: -(-len(matrices) // SAMPLES)] if matrices else []
     sizes = sorted(float(read_tensor(spec)[:ROWS].to(torch.float64).square().nanmean().sqrt()) for spec in chosen)
     return sizes[len(sizes) // 2] if sizes else 0.0
