@@ -88,7 +88,7 @@ def _write_tensor(stream: BinaryIO, entry: Entry, *, path: Path) -> None:
     if tuple(tensor.shape) != entry.shape or tensor.dtype != DTYPES[entry.dtype].torch:
         message = (
             f"Cannot write '{entry.name}' into '{path}': expected shape {entry.shape} and dtype {entry.dtype}, found "
-            f"{tuple(tensor.shape)} and {tensor.dtype}; its source has changed since it was opened, start again."
+            f"{tuple(tensor.shape)} and {tensor.dtype}; start again if a source was replaced meanwhile, else report it."
         )
         raise CheckpointError(message)
     if tensor.numel():

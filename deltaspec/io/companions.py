@@ -12,11 +12,13 @@ from deltaspec.errors import CheckpointError
 from deltaspec.files.atomic import unwritten, write_whole
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.io import hub
+from deltaspec.io.file_formats import PICKLED
+from deltaspec.io.quantisation_config import drop_quantisation
 from deltaspec.io.sentence_modules import homes_of, inner_files
-from deltaspec.io.weight_files import PICKLED, is_index, without_label
+from deltaspec.io.weight_files import is_index, without_label
 from deltaspec.types import Checkpoint
 
-WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ckpt", ".nemo", ".distcp")
+WEIGHTS = (".safetensors", *PICKLED, ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".nemo", ".distcp")
 OTHERS = (".metadata", ".index.json", ".ckpt.index", ".tmp", ".zip", ".tar", ".npz", ".tflite", ".mlmodel")
 CONFIG = "config.json"
 
@@ -40,10 +42,11 @@ def find_companions(base: Checkpoint) -> tuple[list[Path], str]:
         Why some may be missing, else "".
     """
     note = _fetch(base) if base.revision else ""
-    if not (base.root / CONFIG).exists() and Path(base.ref).expanduser().is_file():
+    if not (base.root / CONFIG).exists() and not base.revision and not Path(base.ref).expanduser().is_dir():
         return [], note
     homes = homes_of(base.root)
     beside = [path for path in sorted(base.root.iterdir()) if is_companion(path.name) and path.is_file()]
+    beside = [path for path in beside if path not in base.files]
     kept = [path for path in beside if any(path.resolve().is_relative_to(home) for home in homes)]
     return kept + [path for folder in base.folders for path in inner_files(base.root, folder)], note
 
@@ -100,7 +103,7 @@ def adjust_config(
         if vocabulary and scope.get("vocab_size") == vocabulary[0]:
             scope["vocab_size"] = vocabulary[1]
     if dtype != "auto":
-        changed.pop("quantization_config", None)
+        drop_quantisation(changed)
     return changed if changed != config else None
 
 
@@ -116,11 +119,14 @@ def untie(config: dict[str, Any]) -> dict[str, Any]:
 def output_name(name: str) -> str:
     """Name the safetensors file that a weight file becomes: one that is loaded by default, without a variant's label.
 
-    >>> output_name("pytorch_model.bin"), output_name("model-00001-of-00002.fp16.safetensors"), output_name("last.pt")
-    ('model.safetensors', 'model-00001-of-00002.safetensors', 'last.safetensors')
+    >>> output_name("pytorch_model.bin"), output_name("model-00001-of-00002.fp16.safetensors")
+    ('model.safetensors', 'model-00001-of-00002.safetensors')
+    >>> output_name("last.pth.tar"), output_name("weights")
+    ('last.safetensors', 'weights.safetensors')
     """
     place, slash, file = name.rpartition("/")
-    stem, dot, suffix = without_label(file).rpartition(".")
-    if f"{dot}{suffix}" in PICKLED:
-        stem, suffix = re.sub(r"^pytorch_model", "model", stem), "safetensors"
-    return f"{place}{slash}{stem}{dot}{suffix}"
+    file = without_label(file)
+    if not file.endswith(".safetensors"):
+        suffix = max((suffix for suffix in PICKLED if file.endswith(suffix)), key=len, default="")
+        file = re.sub(r"^pytorch_model", "model", file.removesuffix(suffix)) + ".safetensors"
+    return f"{place}{slash}{file}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from deltaspec.architecture.running_names import list_sharers
 from deltaspec.io.matrix import read_tensor
@@ -25,12 +26,17 @@ def same_content(first: TensorSpec, second: TensorSpec) -> bool:
         return False
     if first.scale and second.scale and not same_content(first.scale, second.scale):
         return False
-    one, other = read_tensor(first), read_tensor(second)
+    one, other = (_comparable(read_tensor(spec)) for spec in (first, second))
     if one.ndim == 0:
         return bool(one == other)
     return all(
         torch.equal(one[start : start + ROWS], other[start : start + ROWS]) for start in range(0, one.shape[0], ROWS)
     )
+
+
+def _comparable(stored: Tensor) -> Tensor:
+    """Return bytes for what is one byte wide: torch compares not all of these floats."""
+    return stored.view(torch.uint8) if stored.element_size() == 1 else stored
 
 
 def list_tied(base: Checkpoint, embedding: str, running: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from deltaspec.errors import CheckpointError
 from deltaspec.files import tensor_reader
-from deltaspec.io import meta_layout, peft
+from deltaspec.io import meta_layout
+from deltaspec.io.file_formats import is_safetensors
+from deltaspec.io.peft_files import CONFIG
+from deltaspec.io.pickled_states import MARK, split_state
 from deltaspec.io.sentence_modules import LIST
 from deltaspec.types import Checkpoint, ForeignAdapter, Opened, SourceIdentity
 
@@ -30,12 +33,14 @@ def fingerprint(source: Opened | ForeignAdapter) -> dict[str, str]:
     CheckpointError
         If a file cannot be read.
     """
-    settings = {"config.json" if isinstance(source, Checkpoint) else peft.CONFIG: bool(source.config)}
+    settings = {"config.json" if isinstance(source, Checkpoint) else CONFIG: bool(source.config)}
     if isinstance(source, Checkpoint):
         settings |= {meta_layout.PARAMS: bool(source.layout), LIST: bool(source.folders)}
     found = [source.root / name for name, used in settings.items() if used]
     files = [*source.files, *(file for file in found if file.is_file())]
-    return {file.relative_to(source.root).as_posix(): _hash(file) for file in files}
+    _, state = split_state(source.ref)
+    marks = dict.fromkeys(source.files, f"{MARK}{state}" if state else "")
+    return {file.relative_to(source.root).as_posix() + marks.get(file, ""): _hash(file) for file in files}
 
 
 def identify_source(source: Opened | ForeignAdapter) -> SourceIdentity:
@@ -65,7 +70,7 @@ def _samples(file: Path, digest: hashlib._Hash) -> Iterator[tuple[int, int]]:
     size = file.stat().st_size
     if file.name.endswith(".json"):
         yield 0, size
-    elif file.name.endswith(".safetensors"):
+    elif is_safetensors(file):
         raw, header = tensor_reader.read_header(file)
         digest.update(raw)
         for entry in (entry for name, entry in header.items() if name != "__metadata__"):

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deltaspec.errors import CheckpointError
-from deltaspec.io import peft, shards, weight_files
+from deltaspec.io import shards, weight_files
 from deltaspec.io.meta_layout import PARAMS
+from deltaspec.io.peft_files import CONFIG, choose_adapter
+from deltaspec.io.quantisation_config import MODELOPT
 from deltaspec.io.sentence_modules import FILES, LIST, lacks_weights, list_folders
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*(/[\w-][\w.-]*)?)(@(?P<revision>[\w][\w./-]*))?", re.ASCII)
@@ -111,13 +113,13 @@ def _cached(repo: str, revision: str) -> Path | None:
 
 
 def _has_config(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", peft.CONFIG, PARAMS))
+    return any((folder / name).exists() for name in ("config.json", CONFIG, PARAMS))
 
 
 def _choose(names: list[str]) -> list[str]:
     """Choose which of a model's files to open: an adapter's two, or the weights."""
-    adapter = next((name for name in peft.WEIGHTS if name in names), None)
-    if peft.CONFIG in names and adapter:
+    adapter = choose_adapter(names)
+    if CONFIG in names and adapter:
         return [adapter]
     return list(weight_files.choose_weights(names))
 
@@ -142,7 +144,7 @@ def _download(repo: str, revision: str) -> tuple[Path, str]:
         listed = ", ".join(sorted(names)[:8]) or "nothing"
         what = f"it has no weights in safetensors or .bin, only {listed}; choose another revision or convert it"
         raise _failure(repo, revision, what)
-    configs = [name for name in ("config.json", peft.CONFIG, PARAMS) if name in names]
+    configs = [name for name in ("config.json", CONFIG, PARAMS, MODELOPT) if name in names]
     folder = Path()
     for name in [*configs, *chosen]:
         folder = _get(repo, name, revision)

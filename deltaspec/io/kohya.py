@@ -13,20 +13,11 @@ from deltaspec.types import AdapterIndex, LowRankTerm, TensorSpec
 
 KEY = re.compile(r"(?P<module>lora_[a-z0-9]+_[^.]+)\.(?P<kind>.+)")
 FACTORS = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}
-REFUSED = {
-    "dora_scale": "DoRA, whose magnitudes make the change full-rank",
-    "lora_mid": "a convolution in Tucker form (LoCon)",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "diff": "a full difference",
-}
 
 
 def is_kohya(names: Iterable[str]) -> bool:
-    """Tell whether tensors of these names are a LoRA of this naming, of a kind that can be read or not."""
-    kinds = (match["kind"] for name in names if (match := KEY.fullmatch(name)))
-    return any(kind in FACTORS or kind.startswith(tuple(REFUSED)) for kind in kinds)
+    """Tell whether tensors of these names are a LoRA of this naming."""
+    return any(match["kind"] in FACTORS for name in names if (match := KEY.fullmatch(name)))
 
 
 def index_adapter(file: Path, tensors: dict[str, TensorSpec], *, ref: str) -> AdapterIndex:
@@ -56,8 +47,8 @@ def index_adapter(file: Path, tensors: dict[str, TensorSpec], *, ref: str) -> Ad
         match = KEY.fullmatch(name)
         kind = match["kind"] if match else name
         if match is None or kind not in FACTORS:
-            what = next((what for start, what in REFUSED.items() if kind.startswith(start)), "no LoRA factor")
-            message = f"Cannot use '{name}' in '{file}': it is {what}; merge it into its base with the tool it is from."
+            what = "it is no LoRA factor; merge it into its base with the tool it is from"
+            message = f"Cannot use '{name}' in '{file}': {what}."
             raise CheckpointError(message)
         found.setdefault(match["module"], {})[FACTORS[kind]] = spec
     modules = {module: _pair(module, factors, file) for module, factors in sorted(found.items())}

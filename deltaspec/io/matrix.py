@@ -9,7 +9,8 @@ from deltaspec.errors import CheckpointError
 from deltaspec.files import tensor_reader
 from deltaspec.files.dtypes import DTYPES
 from deltaspec.io import pickled
-from deltaspec.io.quantised import dequantise, fit_block, scale_grid
+from deltaspec.io.file_formats import is_pickled
+from deltaspec.io.scales import decode_scale, dequantise, fit_block, scale_grid
 from deltaspec.types import LowRankDelta, LowRankSource, LowRankTerm, MatrixSource, Pieces, TensorSpec, View
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,8 +26,7 @@ def read_tensor(spec: TensorSpec) -> Tensor:
     """
     if spec.pieces:
         return _join(spec, spec.pieces)
-    mapped = spec.file.name.endswith(".safetensors")
-    tensor = tensor_reader.load_tensor(spec) if mapped else pickled.load_tensor(spec)
+    tensor = pickled.load_tensor(spec) if is_pickled(spec.file) else tensor_reader.load_tensor(spec)
     if tuple(tensor.shape) != spec.shape:
         message = (
             f"Cannot read '{spec.name}' from '{spec.file}': expected shape {spec.shape}, found {tuple(tensor.shape)}; "
@@ -54,6 +54,21 @@ def _join(spec: TensorSpec, pieces: Pieces) -> Tensor:
             target.narrow(pieces.axis, start, stop - start).copy_(values)
         start = stop
     return whole
+
+
+def read_values(spec: TensorSpec) -> Tensor:
+    """Read one whole tensor, of any shape: as stored, or float64 where a scale dequantises it.
+
+    Raises
+    ------
+    CheckpointError
+        As of ``read_tensor``.
+    """
+    stored = read_tensor(spec)
+    if spec.scale is None:
+        return stored
+    scale = decode_scale(read_tensor(spec.scale)).reshape(scale_grid(spec.shape, spec.scale.shape))
+    return stored.double() * scale if stored.ndim < 2 else dequantise(stored, scale, spec.block or (1, 1))
 
 
 class StoredMatrix:
@@ -176,7 +191,7 @@ def _read_scale(
     spec: TensorSpec, companion: TensorSpec, whole: Tensor, *, view: View
 ) -> tuple[Tensor, tuple[int, int]]:
     """Read a tensor's scales as a grid over its oriented matrix, and the block that each covers."""
-    scale = read_tensor(companion).to(torch.float64).reshape(scale_grid(spec.shape, companion.shape))
+    scale = decode_scale(read_tensor(companion)).reshape(scale_grid(spec.shape, companion.shape))
     if view.expert is not None and scale.shape[0] == 1:
         scale = scale.expand(spec.shape[0], *scale.shape[1:])
     try:

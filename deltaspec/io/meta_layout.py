@@ -74,8 +74,8 @@ def is_meta(held: Collection[str], config: Mapping[str, Any]) -> bool:
     return any(name.startswith(f"{trunk}layers.") and name.endswith(QUERIES) for name in held)
 
 
-def hold_ranks(files: Sequence[Path]) -> tuple[Held, dict[str, str]]:
-    """List the tensors of rank files, and the names that share another's memory in all of them.
+def hold_ranks(files: Sequence[Path], state: str = "") -> tuple[Held, dict[str, str]]:
+    """List the tensors of rank files, and the names that share another's memory in all; ``state`` as in ``gather``.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def hold_ranks(files: Sequence[Path]) -> tuple[Held, dict[str, str]]:
         If a file cannot be read.
     """
     held: Held = {}
-    listed = [list_tensors(file) for file in files]
+    listed = [list_tensors(file, state) for file in files]
     for tensors, _ in listed:
         for name, spec in tensors.items():
             held.setdefault(name, []).append(spec)

@@ -11,26 +11,17 @@ from deltaspec.architecture.canonical_names import canonical_names
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
 from deltaspec.files.tensor_reader import Contents
-from deltaspec.io import hub, kohya, meta_layout, peft, shards, weight_files
+from deltaspec.io import hub, kohya, meta_layout, peft, pickled, shards, weight_files
+from deltaspec.io.file_formats import CONVERT, SUFFIXES, UNREADABLE, describe_foreign, is_pickled, may_hold_weights
+from deltaspec.io.foreign_marks import find_factor
 from deltaspec.io.intact import refuse_integers
-from deltaspec.io.quantised import attach_scales, check_config
+from deltaspec.io.peft_files import CONFIG, WEIGHTS, choose_adapter
+from deltaspec.io.pickled_states import split_state
+from deltaspec.io.quantisation_config import read_quantisation
+from deltaspec.io.quantised import attach_scales
 from deltaspec.io.sentence_modules import with_modules
-from deltaspec.types import Checkpoint, ForeignAdapter, Opened
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, Opened
 
-SUFFIXES = (".safetensors", *weight_files.PICKLED)
-CONVERT = "convert it to a Hugging Face folder with safetensors"
-DISTRIBUTED = f"a distributed checkpoint (FSDP or DCP); consolidate it with torch.distributed.checkpoint and {CONVERT}"
-UNREADABLE = {
-    ".gguf": f"a GGUF file, whose weights are quantised and renamed; {CONVERT}",
-    ".distcp": DISTRIBUTED,
-    ".metadata": DISTRIBUTED,
-    ".onnx": f"an ONNX graph; {CONVERT}",
-    ".h5": f"a TensorFlow checkpoint; {CONVERT}",
-    ".ckpt.index": f"a TensorFlow checkpoint; {CONVERT}",
-    ".msgpack": f"a Flax checkpoint; {CONVERT}",
-    ".nemo": f"a NeMo archive; {CONVERT}",
-    ".ckpt": "a pickled training checkpoint; rename it to end in .pt if it holds only tensors",
-}
 FOREIGN_LORA = re.compile(r".*(lora_(embedding_)?[AB]\b|lora_(up|down)\.weight$|\.lora\.(up|down)\.weight$)")
 PIPELINE = "model_index.json"  # of diffusers, whose components are folders
 
@@ -46,6 +37,12 @@ def open_plain(ref: str | Path) -> Opened:
     found = open_source(ref)
     if isinstance(found, ForeignAdapter):
         raise CheckpointError(found.refusal)
+    if isinstance(found, AdapterIndex) and found.conditional:
+        message = (
+            f"Cannot use '{ref}': it is {found.conditional}, a change that no weights can hold, so that it can be "
+            "neither merged, verified nor written as a LoRA; deltaspec analyze reads its factors."
+        )
+        raise CheckpointError(message)
     return found
 
 
@@ -55,8 +52,8 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
     Parameters
     ----------
     ref : str or Path
-        A folder, a file (.safetensors, .bin, .pt, .pth, index.json), or a hub id ``owner/name[@revision]``.
-        What exists on disk is never taken for a hub id.
+        A folder, a file (safetensors or pickled, by its content; index.json), one dictionary of a pickled file,
+        ``FILE::NAME``, or a hub id ``owner/name[@revision]``. What exists on disk is never taken for a hub id.
 
     Returns
     -------
@@ -74,6 +71,9 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
             return _open_folder(path, ref=str(ref))
         if path.is_file():
             return _open_file(path, ref=str(ref))
+        file, state = split_state(ref)
+        if state and (path := Path(file).expanduser()).is_file():
+            return _open_file(path, ref=str(ref), state=state)
     except (OSError, RuntimeError) as cause:  # no permission, a name too long, nobody's home
         message = f"Cannot open '{ref}' ({cause}): check the path and your rights to read it."
         raise CheckpointError(message) from cause
@@ -90,7 +90,7 @@ def open_source(ref: str | Path) -> Opened | ForeignAdapter:
 
 def _open_folder(folder: Path, *, ref: str) -> Opened | ForeignAdapter:
     names = sorted(entry.name for entry in folder.iterdir())
-    if peft.CONFIG in names and any(name in names for name in peft.WEIGHTS):
+    if CONFIG in names and choose_adapter(names):
         return peft.open_adapter(folder, ref=ref)
     config = _read_config(folder)
     files = weight_files.find_weights(folder, names)
@@ -108,16 +108,16 @@ def _remark(opened: Checkpoint, text: str) -> Checkpoint:
     return replace(opened, notes=(*opened.notes, text))
 
 
-def _open_file(file: Path, *, ref: str) -> Opened | ForeignAdapter:
+def _open_file(file: Path, *, ref: str, state: str = "") -> Opened | ForeignAdapter:
     folder = file.parent
-    if file.name in (peft.CONFIG, *peft.WEIGHTS) and (folder / peft.CONFIG).is_file():
+    if (file.name == CONFIG or choose_adapter([file.name])) and (folder / CONFIG).is_file():
         return peft.open_adapter(folder, ref=ref)
-    if not file.name.endswith(SUFFIXES) and not weight_files.is_index(file.name):
-        suffix = next((suffix for suffix in UNREADABLE if file.name.endswith(suffix)), "")
-        what = UNREADABLE.get(suffix, f"none of {', '.join(SUFFIXES)} and index.json; {CONVERT}")
+    indexed = weight_files.is_index(file.name) or file.name.endswith(".index.json")
+    if not indexed and not may_hold_weights(file):
+        what = describe_foreign(file) or f"none of {', '.join(SUFFIXES)} and index.json; {CONVERT}"
         message = f"Cannot open '{file}': it is {what}."
         raise CheckpointError(message)
-    opened = _open_weights([file], ref=ref, config=_read_config(folder))
+    opened = _open_weights([file], ref=ref, config=_read_config(folder), state=state)
     if not isinstance(opened, Checkpoint):
         return opened
     if missing := weight_files.missing_shards([file.name]):
@@ -130,41 +130,60 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return json_file.read_json(path) if path.is_file() else {}
 
 
-def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any]) -> Opened:
+def _open_weights(files: list[Path], *, ref: str, config: dict[str, Any], state: str = "") -> Opened | ForeignAdapter:
     """List the tensors of one index, or of files that belong together."""
-    check_config(config, source=files[0])
-    opened, (tensors, aliases), layout = _list_tensors(files, config)
+    told = read_quantisation(config, files[0].parent, source=files[0])
+    opened, (tensors, aliases), layout = _list_tensors(files, config, state)
     if not tensors:
         message = f"Cannot use '{files[0]}': it holds no tensors; check that it is a model's weights."
+        raise CheckpointError(message)
+    name, kind = find_factor(tensors)
+    if kind:
+        message = (
+            f"Cannot use '{name}' in '{files[0]}': it is of {kind}; merge it into its base with the tool it is from."
+        )
         raise CheckpointError(message)
     if kohya.is_kohya(tensors):
         refuse_integers(tensors.values())
         return kohya.index_adapter(files[0], tensors, ref=ref)
     if lora := next((name for name in tensors if FOREIGN_LORA.match(name)), None):
-        message = (
-            f"Cannot use '{files[0]}': '{lora}' is a LoRA factor without '{peft.CONFIG}' beside it, which gives its "
-            "scale; convert it to PEFT's format, or merge it into its base."
-        )
-        raise CheckpointError(message)
-    tensors = attach_scales(tensors, config, source=files[0])
-    found = _without_wrappers(
-        Checkpoint(ref, files[0].parent, opened, tensors, config=config, aliases=aliases, layout=layout)
+        return _open_lora(files[0], lora, ref=ref)
+    tensors = attach_scales(tensors, told)
+    notes = () if state else tuple(note for file in opened if is_pickled(file) for note in pickled.note_left(file))
+    found = Checkpoint(
+        ref, files[0].parent, opened, tensors, config=config, aliases=aliases, layout=layout, notes=notes
     )
     text = (
         f"'{ref}' is in {layout} layout: read under Hugging Face's names, q and k in its order of rows, so that "
         "adapters fit the converted model"
     )
-    return _remark(found, text) if layout else found
+    return _without_wrappers(_remark(found, text) if layout else found)
 
 
-def _list_tensors(files: list[Path], config: dict[str, Any]) -> tuple[tuple[Path, ...], Contents, str]:
+def _open_lora(file: Path, name: str, *, ref: str) -> Opened | ForeignAdapter:
+    """Open a file of LoRA factors by the config beside it, or say that there is none."""
+    folder = file.parent
+    if (folder / CONFIG).is_file():
+        return peft.open_adapter(folder, ref=ref, file=file)
+    other = next((path.name for path in sorted(folder.glob(f"*{Path(CONFIG).stem}*.json"))), "")
+    way = f"rename '{other}' to that if it is this adapter's" if other else "convert it to PEFT's format"
+    message = (
+        f"Cannot use '{file}': '{name}' is a LoRA factor without '{CONFIG}' beside it, which gives its scale; {way}, "
+        "or merge it into its base."
+    )
+    raise CheckpointError(message)
+
+
+def _list_tensors(files: list[Path], config: dict[str, Any], state: str) -> tuple[tuple[Path, ...], Contents, str]:
     """List the tensors of one index or of files that belong together, and say in whose layout they are stored."""
     opened, ranks = tuple(files), all(meta_layout.RANK.fullmatch(file.name) for file in files)
     if ranks:
-        held, aliases = meta_layout.hold_ranks(files)
+        held, aliases = meta_layout.hold_ranks(files, state)
     else:
         indexed = files[0].name.endswith(".json")
-        opened, (tensors, aliases) = shards.gather_indexed(files[0]) if indexed else (opened, shards.gather(files))
+        opened, (tensors, aliases) = (
+            shards.gather_indexed(files[0]) if indexed else (opened, shards.gather(files, state))
+        )
         held = {name: [spec] for name, spec in tensors.items()}
     if meta_layout.is_meta(held, config):
         tensors = meta_layout.convert(held, opened, config)
@@ -198,10 +217,14 @@ def _nothing_readable(folder: Path, names: list[str]) -> str:
     for suffix, what in UNREADABLE.items() if PIPELINE not in names else ():
         if found := next((name for name in names if name.endswith(suffix)), None):
             return f"Cannot open '{folder}': '{found}' is {what}."
-    if peft.CONFIG in names:
-        return f"Cannot open '{folder}': it has '{peft.CONFIG}' and none of {', '.join(peft.WEIGHTS)}; download them."
+    if CONFIG in names:
+        return f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
     if inner:
         return f"Cannot open '{folder}': its weights lie in folders; open one of {', '.join(inner)}."
+    if held := next((name for name in names if (folder / name).is_file() and may_hold_weights(folder / name)), None):
+        return (
+            f"Cannot open '{folder}': which of its files are the weights is not told by '{held}'; open it by its path."
+        )
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
     return f"Cannot open '{folder}': expected {', '.join(SUFFIXES)} or an index.json, found {listed}; check the path."
 

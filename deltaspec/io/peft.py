@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,22 @@ from deltaspec.architecture.canonical_names import canonical_names, is_plain
 from deltaspec.architecture.peft_names import NESTED, PREFIX, find_pattern, own_parameters
 from deltaspec.errors import CheckpointError
 from deltaspec.files import json_file
-from deltaspec.io import shards
+from deltaspec.io.foreign_marks import find_factor
 from deltaspec.io.intact import refuse_empty, refuse_integers
+from deltaspec.io.peft_files import CONFIG, WEIGHTS, choose_adapter, gather_adapter, list_files
+from deltaspec.io.plain_lora import name_condition, say_foreign, say_why_foreign
 from deltaspec.types import AdapterIndex, ForeignAdapter, LowRankTerm, TensorSpec
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 FACTOR = re.compile(
-    r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.default)?(\.(?P<kind>weight|bias))?"
+    r"(?P<module>.+?)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])"
+    r"(\.(?P<adapter>(?!weight$|bias$)[^.]+))?(\.(?P<kind>weight|bias))?"
 )
-WHOLE = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)")
-REFUSED = {
-    "use_dora": "DoRA, whose magnitudes make the change full-rank",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "trainable_token_indices": "trainable_token_indices",
-    "layer_replication": "layer_replication",
-    "kasa_config": "KaSA",
-}
-FOLDED_SINCE = (0, 19, 1)  # PEFT folded the factors of target_parameters otherwise before
+WHOLE = r"\.modules_to_save(\.{adapter})?(?=\.)|\.base_layer(?=\.)"
+DEFAULT = "default"  # the adapter's name where nothing gives it one; PEFT leaves names out, other tools keep them
 INNER = re.compile(r"(\.base_layer)+$")
-ACTIVATIONS = {  # types whose adapters change no weights
-    *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
-    *(f"DELTASPEC_{method}" for method in ("SERIES", "PARALLEL", "COMPACTER", "PREFIX", "PROMPT")),
-}
-MOVED_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # these subtract the initial factors from the base
 
 
-def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
+def open_adapter(folder: Path, *, ref: str, file: Path | None = None) -> AdapterIndex | ForeignAdapter:
     """Open a folder that PEFT saved: ``adapter_config.json`` beside ``adapter_model.safetensors`` or ``.bin``.
 
     Parameters
@@ -46,6 +35,8 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
     folder : Path
     ref : str
         What the user asked for.
+    file : Path, optional
+        Where the weights are called otherwise.
 
     Returns
     -------
@@ -59,17 +50,17 @@ def open_adapter(folder: Path, *, ref: str) -> AdapterIndex | ForeignAdapter:
     """
     path = folder / CONFIG
     config = json_file.read_json(path)
-    file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if sentence := _refusal(config, path):
-        return ForeignAdapter(ref, folder, () if file is None else (file,), config, sentence)
+    name = "" if file else choose_adapter([entry.name for entry in folder.iterdir()])
+    file = folder / name if name else file
+    if sentence := say_why_foreign(config, path):
+        return ForeignAdapter(ref, folder, () if file is None else list_files(file), config, sentence)
     if file is None:
         message = f"Cannot open '{folder}': it has '{CONFIG}' and none of {', '.join(WEIGHTS)}; download them."
         raise CheckpointError(message)
-    tensors, _ = shards.list_tensors(file)
-    if any("lora_magnitude_vector" in name for name in tensors):
-        what = f"a LoRA adapter with {REFUSED['use_dora']}"
-        return ForeignAdapter(ref, folder, (file,), config, _say_foreign(file, what))
-    return _index(ref, file, config, tensors)
+    files, (tensors, _) = gather_adapter(file)
+    if kind := find_factor(tensors)[1]:
+        return ForeignAdapter(ref, folder, files, config, say_foreign(file, f"a LoRA adapter with {kind}"))
+    return replace(_index(ref, file, config, tensors), files=files)
 
 
 def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, TensorSpec]) -> AdapterIndex:
@@ -78,7 +69,7 @@ def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, Tens
     refuse_empty(tensors.values())
     refuse_integers(tensors.values())
     names = canonical_names(tensors)
-    factors, full, biases = _sort({names[key].removeprefix(PREFIX): spec for key, spec in tensors.items()})
+    factors, full, biases = _sort({names[key].removeprefix(PREFIX): spec for key, spec in tensors.items()}, file)
     if not factors and not full:
         message = f"Cannot use '{file}': it holds no LoRA factors; check that the adapter was trained and saved."
         raise CheckpointError(message)
@@ -95,40 +86,8 @@ def _index(ref: str, file: Path, config: dict[str, Any], tensors: dict[str, Tens
     base = config.get("base_model_name_or_path")
     named = base if isinstance(base, str) else ""
     wrapped = tuple(key for key, bare in names.items() if not is_plain(key.removeprefix(PREFIX), bare))
-    return AdapterIndex(ref, file.parent, (file,), modules, full, biases, named, config, wrapped=wrapped)
-
-
-def _refusal(config: dict[str, Any], path: Path) -> str:
-    """Say by its name that an adapter is not plain LoRA; "" where its config says that it is."""
-    kind, initial = config.get("peft_type"), config.get("init_lora_weights")
-    if isinstance(initial, str) and MOVED_BASE.match(initial.lower()):
-        return _say_foreign(path, f"a LoRA adapter that started from {initial} and so belongs to a changed base")
-    if option := next((text for key, text in REFUSED.items() if config.get(key)), ""):
-        return _say_foreign(path, f"a LoRA adapter with {option}")
-    if not isinstance(kind, str):
-        return _say_foreign(path, "an adapter of unknown type")
-    if kind != "LORA":
-        return _say_foreign(path, f"a {kind} adapter", changes_weights=kind not in ACTIVATIONS)
-    if config.get("target_parameters") and _version(config) < FOLDED_SINCE:
-        version = config.get("peft_version") or "unknown"
-        folded = f"a LoRA adapter with target_parameters of PEFT {version}, folded otherwise than since 0.19.1"
-        return _say_foreign(path, folded)
-    return ""
-
-
-def _say_foreign(path: Path, what: str, *, changes_weights: bool = True) -> str:
-    if not changes_weights:
-        return f"Cannot read '{path}' as LoRA: it is {what}, which changes no weights."
-    return (
-        f"Cannot read '{path}' as LoRA: it is {what}; deltaspec analyze reads those of deltaspec's own methods as they "
-        "are, all else takes the model with it merged in (deltaspec train --save full, or PEFT's merge_and_unload)."
-    )
-
-
-def _version(config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the numbers that peft_version starts with; none where it says nothing."""
-    found = re.match(r"[0-9]{1,9}(\.[0-9]{1,9})*", str(config.get("peft_version")))
-    return tuple(int(number) for number in found[0].split(".")) if found else ()
+    found = AdapterIndex(ref, file.parent, (file,), modules, full, biases, named, config)
+    return replace(found, wrapped=wrapped, conditional=name_condition(config))
 
 
 def _name_parameters(
@@ -159,13 +118,23 @@ def _name_parameters(
     return named
 
 
+def _name_of(tensors: dict[str, TensorSpec], file: Path) -> str:
+    """Return the one name of an adapter that the keys of its factors carry; DEFAULT where they carry none."""
+    found = {match["adapter"] or DEFAULT for key in tensors if (match := FACTOR.fullmatch(key))}
+    if len(found) > 1:
+        message = f"Cannot use '{file}': it holds several adapters ({', '.join(sorted(found))}); save one alone."
+        raise CheckpointError(message)
+    return next(iter(found), DEFAULT)
+
+
 def _sort(
-    tensors: dict[str, TensorSpec],
+    tensors: dict[str, TensorSpec], file: Path
 ) -> tuple[dict[str, dict[str, TensorSpec]], dict[str, TensorSpec], dict[str, TensorSpec]]:
     """Sort tensors by canonical name: factors by module ("A", "B", "embedding_A", …), whole tensors, and biases."""
     factors: dict[str, dict[str, TensorSpec]] = {}
     full: dict[str, TensorSpec] = {}
     biases: dict[str, TensorSpec] = {}
+    whole = re.compile(WHOLE.format(adapter=re.escape(_name_of(tensors, file))))
     for name, spec in tensors.items():
         match = FACTOR.fullmatch(name)
         if match is None:
@@ -175,7 +144,7 @@ def _sort(
                     "adapter."
                 )
                 raise CheckpointError(message)
-            full[WHOLE.sub("", name)] = spec
+            full[whole.sub("", name)] = spec
         elif match["kind"] == "bias":
             biases[match["module"]] = spec
         else:

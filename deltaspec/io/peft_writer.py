@@ -16,7 +16,7 @@ from deltaspec.files.atomic import write_whole
 from deltaspec.files.dtypes import OPTIONS
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.lay_out import lay_out
-from deltaspec.io.peft import CONFIG, WEIGHTS
+from deltaspec.io.peft_files import CONFIG, WEIGHTS
 from deltaspec.io.peft_layout import Layout
 from deltaspec.io.peft_targets import Target, make_targets
 from deltaspec.io.peft_tensors import list_factors

@@ -1,4 +1,4 @@
-"""Pickled checkpoints (.bin, .pt, .pth): tensors only, mapped into memory, never any code."""
+"""Pickled checkpoints (.bin, .pt, .ckpt and the like): tensors only, mapped into memory, never any code."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from deltaspec.errors import CheckpointError
 from deltaspec.files.dtypes import name_of
-from deltaspec.files.tensor_reader import LFS_POINTER, Contents
+from deltaspec.files.tensor_reader import Contents
+from deltaspec.io.pickled_states import States, choose_state, find_states, list_left
 from deltaspec.types import TensorSpec
 
-WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "params")
-DEPTH = 4  # wrappers inside wrappers; a pickle may contain itself
 CODE = re.compile(r"GLOBAL (\S+)")
 KEPT = 8_000_000  # bytes given out before a file is unmapped: what was touched stays in memory until then
 LOADING = threading.Lock()  # warning filters belong to the whole process
@@ -30,34 +28,47 @@ LOADING = threading.Lock()  # warning filters belong to the whole process
 
 @dataclass(slots=True)
 class _Loaded:
-    """A file's tensors, and how many bytes of them were given out."""
+    """A file's dictionaries of tensors, and how many bytes of them were given out."""
 
-    tensors: dict[str, Tensor]
+    states: States
     handed: int = 0
 
 
-def list_tensors(file: Path) -> Contents:
+def list_tensors(file: Path, state: str = "") -> Contents:
     """List the tensors of one pickled file, whatever wraps them; names that share a tensor's memory are aliases.
+
+    Parameters
+    ----------
+    file : Path
+    state : str
+        Which of several dictionaries; "" where one alone holds weights.
 
     Raises
     ------
     CheckpointError
-        If the file holds code, is damaged, or holds a tensor that is not plain numbers.
+        If the file holds code, is damaged, or holds a tensor that is not plain numbers, or several dictionaries.
     """
     tensors: dict[str, TensorSpec] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple[Any, ...], str] = {}
     loaded = _load(file)
     size = file.stat().st_size
-    for name, tensor in loaded.tensors.items():
+    chosen = choose_state(loaded.states, state, file=file)
+    for name, tensor in loaded.states.named.get(chosen, {}).items():
         _check(tensor, name=name, file=file, size=size)
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
             aliases[name] = seen[place]
             continue
         seen[place] = name
-        tensors[name] = TensorSpec(name, file, tuple(tensor.shape), name_of(tensor.dtype))
+        tensors[name] = TensorSpec(name, file, tuple(tensor.shape), name_of(tensor.dtype), state=chosen)
     return tensors, aliases
+
+
+def note_left(file: Path) -> list[str]:
+    """Say what a file holds beside the dictionary that ``list_tensors`` chooses; CheckpointError as there."""
+    states = _load(file).states
+    return list_left(states, choose_state(states, "", file=file), file=file)
 
 
 def load_tensor(spec: TensorSpec) -> Tensor:
@@ -69,7 +80,7 @@ def load_tensor(spec: TensorSpec) -> Tensor:
         If the file has changed since it was listed.
     """
     loaded = _load(spec.file)
-    tensor = loaded.tensors.get(spec.stored_name)
+    tensor = loaded.states.named.get(spec.state, {}).get(spec.stored_name)
     if tensor is None:
         message = f"Cannot find '{spec.name}' in '{spec.file}': the file has changed since it was opened; start again."
         raise CheckpointError(message)
@@ -99,7 +110,7 @@ def _load(file: Path) -> _Loaded:
     """Load the tensors of a file: mapped where its format allows, else into memory."""
     try:
         facts = file.stat()
-        load = _map if zipfile.is_zipfile(file) else _load_legacy
+        load = _map if zipfile.is_zipfile(file) and file.suffix != ".safetensors" else _load_legacy
         return load(file, facts.st_size, facts.st_mtime_ns)
     except CheckpointError:
         raise
@@ -128,30 +139,14 @@ def _map(file: Path, size: int, changed: int) -> _Loaded:
 
 @lru_cache(maxsize=2)
 def _load_legacy(file: Path, size: int, changed: int) -> _Loaded:
-    """Load a file from before torch 1.6, which cannot be mapped, once for all its tensors."""
+    """Load a file that cannot be mapped, once for all its tensors: from before torch 1.6, or called .safetensors."""
     del size, changed  # parts of the cache's key
-    with file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            message = f"Cannot read '{file}': it is a git-lfs pointer, not the weights; run git lfs pull."
-            raise CheckpointError(message)
-    return _unpickle(file, mmap=False)
+    with file.open("rb") as stream:  # by its name alone torch would take .safetensors for what it is not
+        return _unpickle(stream, mmap=False)
 
 
-def _unpickle(file: Path, *, mmap: bool) -> _Loaded:
+def _unpickle(source: Path | BinaryIO, *, mmap: bool) -> _Loaded:
     with LOADING, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    return _Loaded(_unwrap(loaded, depth=DEPTH))
-
-
-def _unwrap(found: Any, *, depth: int) -> dict[str, Tensor]:
-    """Return the tensors by name, from inside the wrappers that trainers put around them."""
-    if not isinstance(found, Mapping):
-        return {}
-    if depth:
-        for wrapper in WRAPPERS:
-            if inner := _unwrap(found.get(wrapper), depth=depth - 1):
-                return inner
-    return {
-        name: value.detach() for name, value in found.items() if isinstance(name, str) and isinstance(value, Tensor)
-    }
+        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    return _Loaded(find_states(loaded))

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from deltaspec.errors import CheckpointError
-from deltaspec.types import Shape, TensorSpec
+from deltaspec.files.dtypes import GRIDS
+from deltaspec.files.tensor_reader import read_header
+from deltaspec.io.file_formats import is_pickled
+from deltaspec.io.matrix import read_tensor
+from deltaspec.io.quantisation_config import METADATA, Quantisation, refuse
+from deltaspec.io.scales import BLOCK, fit_scale
+from deltaspec.types import TensorSpec
 
-READABLE = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")  # as far as the tensors are float
-BLOCK = (128, 128)  # DeepSeek's, where the config names none
-COMPANIONS = ("_scale_inv", "_scale")  # both multiply the stored value
-ACTIVATIONS = re.compile(r"(.*[._])?(input|activation|output|prob|kv|[qkv])_scale(_inv|_ub)?")
+Tensors = Mapping[str, TensorSpec]
+
+ADDED = ("_scale_inv", "_scale")  # to a tensor's whole name; all companions multiply the stored value
+BESIDE = ("scale", "scale_weight")  # instead of "weight": DeepSeek's own files, ComfyUI and musubi-tuner
+MARKER, LAYER = "scaled_fp8", "comfy_quant"  # ComfyUI's, in one tensor for a file, or in one for each layer
+ACTIVATIONS = re.compile(
+    rf"(.*\.)?({MARKER}|{LAYER}|scale_input)|(.*[._])?(input|activation|output|prob|kv|[qkv])_scale(_inv|_ub)?"
+)
 MARKS = {
     ".qweight": "GPTQ or AWQ",
     ".qzeros": "GPTQ or AWQ",
@@ -25,85 +34,75 @@ MARKS = {
     ".SCB": "bitsandbytes",
     ".weight_packed": "compressed-tensors integer",
     ".weight_scale_2": "NVFP4",
+    ".weight_zero_point": "zero points",
 }
-NAMES = {"gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4"}
+COMFY = ("float8_e4m3fn", "float8_e5m2")  # formats of ComfyUI that are stored values times weight_scale
+HINT = re.compile(r"scale|absmax|amax|quant|exponent")
+SAMPLES, ROWS, ENOUGH = 16, 64, 1024  # matrices, their rows, and the numbers that a matrix must hold
+LARGE = 24.0  # no model's weights are that large in most of its matrices; codes that fill fp8's range are
 
 
-def refuse(source: Path, *, scheme: str, name: str = "") -> CheckpointError:
-    """Return the error for a scheme that cannot be read."""
-    where = f"'{name}' in '{source}'" if name else f"'{source}'"
-    message = (
-        f"Cannot read {where}: it is quantised with {scheme}, which deltaspec does not dequantise; "
-        "dequantise the model and save it in safetensors."
-    )
-    return CheckpointError(message)
-
-
-def check_config(config: dict[str, Any], *, source: Path) -> None:
-    """Refuse a checkpoint whose config names a quantisation that cannot be read.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the scheme.
-    """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
-        return
-    method = str(settings.get("quant_method", "")).lower()
-    if not method and any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit")):
-        method = "bitsandbytes"
-    if method and method not in READABLE:
-        raise refuse(source, scheme=NAMES.get(method, method))
-
-
-def attach_scales(tensors: dict[str, TensorSpec], config: dict[str, Any], *, source: Path) -> dict[str, TensorSpec]:
-    """Attach to each fp8 tensor its scale companion, and leave out companions and activation scales.
+def attach_scales(tensors: Tensors, told: Quantisation) -> dict[str, TensorSpec]:
+    """Attach to each fp8 tensor its scale companion, and leave out companions, markers and activation scales.
 
     Parameters
     ----------
-    tensors : dict
+    tensors : mapping
         All tensors of a checkpoint, of all its shards: a companion may lie in another one than its tensor.
-    config : dict
-        ``quantization_config.weight_block_size`` gives the block, 128 × 128 where it is absent.
-    source : Path
-        For errors.
+    told : Quantisation
+        What files say.
 
     Raises
     ------
     CheckpointError
-        If a tensor is quantised in a way that cannot be read, or a scale fits no block of its tensor.
+        If a tensor is quantised in a way that cannot be read, a scale fits no block of its tensor, or fp8 numbers are
+        codes and their scale is not there.
     """
     for spec in tensors.values():
         if scheme := _unreadable(spec, tensors):
             raise refuse(spec.file, scheme=scheme, name=spec.name)
-    default = _block_size(config, source=source)
-    kept: dict[str, TensorSpec] = {}
-    used: set[str] = set()
-    quantised = any(spec.dtype.startswith("F8_") for spec in tensors.values())
-    for name, spec in tensors.items():
-        scale = _companion(name, tensors)
-        if scale is not None and spec.dtype.startswith("F8_"):
-            used.add(scale.name)
-            kept[name] = replace(spec, scale=scale, block=_fit(spec, scale, default=default))
-        elif not (quantised and ACTIVATIONS.fullmatch(name)):
-            kept[name] = spec
-    return {name: spec for name, spec in kept.items() if name not in used}
+    coded = [spec for name, spec in tensors.items() if spec.dtype.startswith("F8_") and _leaf(name) != MARKER]
+    _check_comfy(coded, tensors)
+    scaled = {spec.name: _scaled(spec, scale, told) for spec in coded if (scale := _companion(spec.name, tensors))}
+    used = {spec.scale.name for spec in scaled.values() if spec.scale}
+    plain = [spec for spec in coded if spec.name not in {*scaled, *used} and spec.dtype != "F8_E8M0"]
+    _check_plain(plain, tensors, told, used)
+    return {
+        name: scaled.get(name, spec)
+        for name, spec in tensors.items()
+        if name not in used and not (coded and ACTIVATIONS.fullmatch(name))
+    }
 
 
-def _companion(name: str, tensors: dict[str, TensorSpec]) -> TensorSpec | None:
-    return next((tensors[name + ending] for ending in COMPANIONS if name + ending in tensors), None)
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
-def _unreadable(spec: TensorSpec, tensors: dict[str, TensorSpec]) -> str:
+def _candidates(name: str) -> Iterator[str]:
+    """Yield what the scale of a tensor may be called."""
+    yield from (name + ending for ending in ADDED)
+    module, dot, leaf = name.rpartition(".")
+    if leaf == "weight":
+        yield from (f"{module}{dot}{other}" for other in BESIDE)
+
+
+def _companion(name: str, tensors: Tensors) -> TensorSpec | None:
+    found = [tensors[other] for other in _candidates(name) if other in tensors]
+    if len(found) > 1:
+        message = (
+            f"Cannot dequantise '{name}' in '{tensors[name].file}': both '{found[0].name}' and '{found[1].name}' may "
+            "be its scale; remove one."
+        )
+        raise CheckpointError(message)
+    return found[0] if found else None
+
+
+def _unreadable(spec: TensorSpec, tensors: Tensors) -> str:
     """Return the scheme that a tensor's name and dtype give away, "" where its numbers can be read."""
     if ".quant_state." in spec.name:
         return "bitsandbytes"
-    if (
-        spec.dtype == "U8"
-        and spec.name.endswith("_blocks")
-        and f"{spec.name.removesuffix('_blocks')}_scales" in tensors
-    ):
+    scales = f"{spec.name.removesuffix('_blocks')}_scales"
+    if spec.dtype == "U8" and spec.name.endswith("_blocks") and scales in tensors:
         return "MXFP4"
     if spec.dtype in ("F4", "F6_E2M3", "F6_E3M2"):
         return spec.dtype
@@ -112,88 +111,100 @@ def _unreadable(spec: TensorSpec, tensors: dict[str, TensorSpec]) -> str:
     return next((scheme for ending, scheme in MARKS.items() if spec.name.endswith(ending)), "")
 
 
-def _block_size(config: dict[str, Any], *, source: Path) -> tuple[int, int]:
-    settings = config.get("quantization_config")
-    size = settings.get("weight_block_size") if isinstance(settings, dict) else None
-    if size is None:
-        return BLOCK
-    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-        message = (
-            f"Cannot use the config of '{source}': expected two whole numbers as weight_block_size, found {size!r}."
-        )
-        raise CheckpointError(message)
-    return size[0], size[1]
+def _check_comfy(coded: Iterable[TensorSpec], tensors: Tensors) -> None:
+    """Refuse the formats of ComfyUI whose scales do not multiply as they are stored, such as tiled ones."""
+    formats: dict[str, object] = {}
+    for file in {spec.file for spec in coded if not is_pickled(spec.file)}:
+        layers = _parse(read_header(file)[1].get("__metadata__", {}).get(METADATA, "{}")).get("layers")
+        for module, layer in (layers if isinstance(layers, dict) else {}).items():
+            formats[f"{module}.weight"] = layer.get("format") if isinstance(layer, dict) else layer
+    for spec in coded:
+        layer = tensors.get(f"{spec.name.removesuffix('weight')}{LAYER}")
+        if layer is not None and layer.dtype == "U8":
+            formats[spec.name] = _parse(bytes(read_tensor(layer).flatten().tolist())).get("format")
+        if (formats.get(spec.name) or COMFY[0]) not in COMFY:
+            raise refuse(spec.file, scheme=f"ComfyUI's {formats[spec.name]}", name=spec.name)
 
 
-def scale_grid(shape: Shape, scale: Shape) -> Shape:
-    """Return a scale's shape with as many axes as its tensor: one for all, one per row or expert, or a grid.
-
-    >>> scale_grid((4, 8), ()), scale_grid((4, 8), (4,)), scale_grid((256, 256), (2, 2))
-    ((1, 1), (4, 1), (2, 2))
-    """
-    if math.prod(scale) == 1:
-        return (1,) * len(shape)
-    return scale + (1,) * (len(shape) - 1) if len(scale) == 1 else scale
+def _parse(text: str | bytes) -> dict[str, object]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
-def fit_block(shape: Shape, grid: Shape, default: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the block (rows, columns) with which a grid of scales covers a matrix; None where none does.
-
-    >>> fit_block((256, 300), (2, 3), (128, 128)), fit_block((256, 300), (2, 5), (128, 128))
-    ((128, 128), None)
-    """
-    sizes = []
-    for length, count, size in zip(shape, grid, default, strict=True):
-        fitting = length if count == 1 else size if count == -(-length // size) else 1 if count == length else 0
-        if not fitting and length:
-            return None
-        sizes.append(max(fitting, 1))
-    return sizes[0], sizes[1]
-
-
-def _fit(spec: TensorSpec, scale: TensorSpec, *, default: tuple[int, int]) -> tuple[int, int]:
-    """Return the block of an fp8 tensor's scales, over its last two axes."""
-    grid = scale_grid(spec.shape, scale.shape)
-    block = None
-    if math.prod(scale.shape) == 1 and len(spec.shape) < 2:
-        block = (1, 1)
-    elif len(grid) == len(spec.shape) >= 2:
-        leading = all(count in (1, length) for length, count in zip(spec.shape[:-2], grid[:-2], strict=True))
-        block = fit_block(spec.shape[-2:], grid[-2:], default) if leading else None
-    if block is None or not scale.dtype.startswith(("F", "BF")):
+def _scaled(spec: TensorSpec, scale: TensorSpec, told: Quantisation) -> TensorSpec:
+    """Return an fp8 tensor with its scale and the block that each of its numbers covers."""
+    block = fit_scale(spec.shape, scale.shape, told.block)
+    reason = ""
+    if block is None:
+        verb = "correct" if told.block else "set"
+        reason = f"in blocks of {told.block or BLOCK}; {verb} weight_block_size in config.json"
+    elif scale.dtype == "U8" and not told.exponents and block != (1, 32):  # MX formats: 32 columns share a byte
+        reason = f"in blocks of {block} that are known to be exponents; dequantise it with the tool it is from"
+    elif scale.dtype not in GRIDS and scale.dtype not in ("F8_E8M0", "U8"):
+        reason = "that are known to be numbers; dequantise it with the tool it is from"
+    if block is None or reason:
         message = (
             f"Cannot dequantise '{spec.name}' in '{spec.file}': its shape {spec.shape} takes no scales of shape "
-            f"{scale.shape} and dtype {scale.dtype} in blocks of {default}; set weight_block_size in config.json."
+            f"{scale.shape} and dtype {scale.dtype} {reason}."
         )
         raise CheckpointError(message)
-    return block
+    return replace(spec, scale=scale, block=block)
 
 
-def dequantise(
-    values: Tensor,
-    scale: Tensor,
-    block: tuple[int, int],
-    *,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-) -> Tensor:
-    """Multiply stored values by the scale of their block: W_ij = values_ij · scale_⌊i/rows⌋⌊j/columns⌋.
+def _check_plain(plain: list[TensorSpec], tensors: Tensors, told: Quantisation, used: set[str]) -> None:
+    """Refuse fp8 tensors without a scale where anything says that they are codes, and scales without such tensors."""
+    marker = next((name for name in tensors if _leaf(name) in (MARKER, LAYER)), "")
+    sign = f"{told.source} says that weights are quantised" if told.source else ""
+    sign = sign or (f"'{marker}' says that weights have scales" if marker else "")
+    sign = sign or (f"other tensors have scales ('{min(used)}')" if used else "")
+    sign = sign or (f"'{beside}' may be a scale" if plain and (beside := _find_hint(plain, tensors)) else "")
+    if plain and not sign and _typical_size(plain) > LARGE:
+        sign = f"numbers of a typical size of {_typical_size(plain):.0f} are codes"
+    if plain and sign:
+        spec = plain[0]
+        message = (
+            f"Cannot dequantise '{spec.name}' in '{spec.file}': it is stored as {spec.dtype} and {sign}, but it has no "
+            f"scale ({', '.join(map(_leaf, _candidates(spec.name)))}); download the model again, or dequantise it with "
+            "the tool it is from."
+        )
+        raise CheckpointError(message)
+    for spec in tensors.values():
+        if not spec.dtype.startswith("F8_"):
+            _check_leftovers(spec, tensors)
 
-    Parameters
-    ----------
-    values : Tensor, (m, n), any float dtype
-    scale : Tensor, (⌈d_out/block₀⌉, ⌈d_in/block₁⌉)
-    block : tuple of int
-        Rows and columns that share one scale; the last blocks may be partial.
-    rows, columns : Tensor, (m,) and (n,), int64, optional
-        Which rows and columns of the whole matrix ``values`` is; its first ones by default.
 
-    Returns
-    -------
-    Tensor, (m, n), float64
-        Exact: both factors have few enough digits.
-    """
-    rows = torch.arange(values.shape[0]) if rows is None else rows
-    columns = torch.arange(values.shape[1]) if columns is None else columns
-    scales = scale.to(torch.float64)[rows // block[0]][:, columns // block[1]]
-    return values.to(torch.float64).mul_(scales)
+def _check_leftovers(spec: TensorSpec, tensors: Tensors) -> None:
+    """Refuse a tensor that is not quantised, or no longer, beside a scale of its own."""
+    module, dot, leaf = spec.name.rpartition(".")
+    left = [scale for scale in (f"{spec.name}_scale_inv", f"{module}{dot}scale_weight") if scale in tensors]
+    if left and leaf == "weight":
+        message = (
+            f"Cannot use '{spec.name}' in '{spec.file}': it is stored as {spec.dtype} beside its scale '{left[0]}', "
+            "and whether it is multiplied already is not known; remove the scales if it is."
+        )
+        raise CheckpointError(message)
+
+
+def _find_hint(plain: list[TensorSpec], tensors: Tensors) -> str:
+    """Name a tensor that may scale one of these though its name is not known: by where it lies, or by its dtype."""
+    modules = {module for spec in plain for module in (spec.name, spec.name.rpartition(".")[0])}
+    return next(
+        (
+            name
+            for name, spec in tensors.items()
+            if spec.dtype == "F8_E8M0"
+            or (HINT.search(_leaf(name)) and name.rpartition(".")[0] in modules and not ACTIVATIONS.fullmatch(name))
+        ),
+        "",
+    )
+
+
+def _typical_size(specs: list[TensorSpec]) -> float:
+    """Return the median over some matrices of the root mean square of their first rows; nothing else is read."""
+    matrices = [spec for spec in specs if len(spec.shape) > 1 and math.prod(spec.shape) >= ENOUGH]
+    chosen = matrices[:: -(-len(matrices) // SAMPLES)] if matrices else []
+    sizes = sorted(float(read_tensor(spec)[:ROWS].to(torch.float64).square().nanmean().sqrt()) for spec in chosen)
+    return sizes[len(sizes) // 2] if sizes else 0.0

@@ -14,6 +14,7 @@ from deltaspec.files.json_file import read_json
 from deltaspec.files.tensor_reader import Contents
 from deltaspec.files.tensor_writer import size_of
 from deltaspec.io import pickled
+from deltaspec.io.file_formats import describe_foreign, is_pickled
 from deltaspec.types import Entry, TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -41,19 +42,33 @@ def read_index(index: Path) -> dict[str, str]:
     return found
 
 
-def list_tensors(file: Path) -> Contents:
-    """List the tensors of one file of either format, by its ending, and the names it says were left out as shared.
+def list_tensors(file: Path, state: str = "") -> Contents:
+    """List the tensors of one file of either format, by its content, and the names it says were left out as shared.
+
+    Parameters
+    ----------
+    file : Path
+    state : str
+        Which dictionary of a pickled file; "" where one alone holds weights.
 
     Raises
     ------
     CheckpointError
-        If it is damaged, or a pickled file holds code.
+        If it is damaged, in another format, which is named, or a pickled file holds code.
     """
-    return tensor_reader.list_tensors(file) if file.name.endswith(".safetensors") else pickled.list_tensors(file)
+    if what := describe_foreign(file):
+        message = f"Cannot read '{file}': it is {what}."
+        raise CheckpointError(message)
+    if is_pickled(file):
+        return pickled.list_tensors(file, state)
+    if state:
+        message = f"Cannot find '{state}' in '{file}': safetensors hold one dictionary; open the file by its own name."
+        raise CheckpointError(message)
+    return tensor_reader.list_tensors(file)
 
 
-def gather(files: Iterable[Path]) -> Contents:
-    """List the tensors of several files, whose names must differ.
+def gather(files: Iterable[Path], state: str = "") -> Contents:
+    """List the tensors of several files, whose names must differ; ``state`` as in ``list_tensors``.
 
     Raises
     ------
@@ -64,7 +79,7 @@ def gather(files: Iterable[Path]) -> Contents:
     aliases: dict[str, str] = {}
     owner: dict[str, Path] = {}
     for file in files:
-        found, shared = list_tensors(file)
+        found, shared = list_tensors(file, state)
         for name in (*found, *shared):
             if name in owner:
                 message = (

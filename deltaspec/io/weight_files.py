@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import CheckpointError
+from deltaspec.io.file_formats import ORDER, SUFFIXES
 
-PICKLED = (".bin", ".pt", ".pth")
 TRAINING_STATE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|trainer_state)")
-INDEX = re.compile(r".+\.(?:safetensors|bin|pt|pth)(?:\.[^/]+?)?\.index(?:\.[^/]+?)?\.json")
+INDEX = re.compile(rf".+(?:{'|'.join(map(re.escape, SUFFIXES))})(?:\.[^/]+?)?\.index(?:\.[^/]+?)?\.json")
 # model-00001-of-00002.safetensors, and what is split by rank: consolidated.00-of-02.pth, model0-mp8.safetensors
 NUMBERED = re.compile(r"(?P<stem>.*?[-._]?)(?P<number>\d+)(?P<of>[-_]of[-_]|-mp)(?P<count>\d+)(?P<suffix>\..*)")
 # What transformers and diffusers load: a stem of theirs, perhaps with a variant's label (fp16, non_ema) at one of the
@@ -30,19 +30,19 @@ class _Sort:
     """What a name says of its file; sorts from what is loaded first to what is loaded last.
 
     Names that a loader knows come before Meta's, these before all others; a name without a label before labelled ones,
-    safetensors before pickled files.
+    safetensors before pickled files and those before training checkpoints, as in ``ORDER``.
     """
 
     known: int
     labelled: bool
-    pickled: bool
+    form: int
     stem: int = 0
     label: str = ""
 
     @property
-    def rank(self) -> tuple[int, bool, bool, int]:
+    def rank(self) -> tuple[int, bool, int, int]:
         """What decides which files are read; labels decide nothing."""
-        return (self.known, self.labelled, self.pickled, self.stem)
+        return (self.known, self.labelled, self.form, self.stem)
 
 
 def is_index(name: str) -> bool:
@@ -55,7 +55,8 @@ def choose_weights(names: Collection[str]) -> tuple[str, ...]:
 
     What transformers and diffusers load by default comes first: their own names without a variant's label, safetensors
     before pickled files, an index before single files, and these before shards that have no index. Then their names
-    with a label, then Meta's ``consolidated``, then any others; files of the same standing are taken together.
+    with a label, then Meta's ``consolidated``, then any others, training checkpoints (.ckpt) last; files of the same
+    standing are taken together.
 
     Parameters
     ----------
@@ -149,11 +150,12 @@ def _sort(name: str) -> _Sort | None:
     """Say what a file is by its name; None where it holds no weights."""
     if match := LOADED.fullmatch(name):
         label = next((text for key in ("before", "after", "inner", "last") if (text := match[key])), "")
-        return _Sort(0, bool(label), match["suffix"] == "bin", STEMS.index(match["stem"]), label)
+        return _Sort(0, bool(label), int(match["suffix"] == "bin"), STEMS.index(match["stem"]), label)
     weights = name.removesuffix(".json").partition(".index")[0] if is_index(name) else name
-    if not weights.endswith((".safetensors", *PICKLED)) or TRAINING_STATE.match(name):
+    form = next((place for place, suffixes in enumerate(ORDER) if weights.endswith(suffixes)), None)
+    if form is None or TRAINING_STATE.match(name):
         return None
-    return _Sort(1 if META.fullmatch(name) else 2, labelled=False, pickled=not weights.endswith(".safetensors"))
+    return _Sort(1 if META.fullmatch(name) else 2, labelled=False, form=form)
 
 
 def missing_shards(names: Collection[str]) -> list[str]:

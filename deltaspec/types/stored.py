@@ -20,7 +20,8 @@ class TensorSpec:
     ``scale`` is the companion tensor that dequantises it (fp8), one number for each block of ``block`` =
     (rows, columns) elements; the real weight is stored value times scale. ``name`` is canonical, without wrappers;
     ``wrapped`` is the name in the file where that is another. ``pieces`` say how it is put together where it does not
-    lie in ``file`` under its own name.
+    lie in ``file`` under its own name. ``state`` is the path of keys to the dictionary of a pickled file that holds it,
+    "" at the top.
     """
 
     name: str
@@ -31,6 +32,7 @@ class TensorSpec:
     block: tuple[int, int] | None = None
     wrapped: str = ""
     pieces: Pieces | None = None
+    state: str = ""
 
     @property
     def stored_name(self) -> str:
@@ -125,7 +127,7 @@ class Checkpoint:
     ``wrapped`` maps canonical names, of tensors and aliases, to those in the files, where they are others.
     ``layout`` is "Meta's" where names and rows are Hugging Face's on reading alone; ``folders`` are those of a
     sentence-transformers model's further modules, whose tensors have the folder in their name; ``notes`` say what of
-    the files is read.
+    the files is read, and what they hold beside that.
     """
 
     ref: str
@@ -148,6 +150,7 @@ class AdapterIndex:
     ``modules`` maps a module path ("model.layers.0.self_attn.q_proj") to its factors; ``full`` maps a tensor name to a
     tensor stored whole (modules_to_save); ``biases`` maps a module path to lora_B.bias, to be multiplied by scaling.
     ``wrapped`` are keys of its file in which wrappers stand, so that PEFT finds no module for them.
+    ``conditional`` names what restricts the change to some tokens, "" where there is no such thing.
     """
 
     ref: str
@@ -160,6 +163,7 @@ class AdapterIndex:
     config: Config = field(default_factory=dict)
     revision: str | None = None
     wrapped: tuple[str, ...] = ()
+    conditional: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,10 +191,16 @@ def test_a_pickle_that_contains_itself(tmp_path: Path) -> None:
     assert "holds no tensors" in refusal(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("content", [[torch.eye(2)], torch.eye(2), 3, {"a": [1]}, {1: torch.eye(2)}])
-def test_pickles_without_named_tensors(tmp_path: Path, content: object) -> None:
+@pytest.mark.parametrize("content", [3, {"a": [1]}, {"a": {}}, [[]]])
+def test_pickles_without_tensors(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "x.pt")
     assert "holds no tensors" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content", [[torch.eye(2)], torch.eye(2), {1: torch.eye(2)}, {"a": [torch.eye(2)]}])
+def test_pickles_without_named_tensors(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    assert "holds tensors without names" in refusal(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("layout", ["single", "nested", "legacy"])

@@ -11,7 +11,7 @@ import torch
 from deltaspec.errors import CheckpointError
 from deltaspec.io.matrix import open_matrix
 from deltaspec.io.open import open_plain
-from deltaspec.io.quantised import dequantise
+from deltaspec.io.scales import dequantise
 from deltaspec.types import Checkpoint, MatrixSource, View
 from tests.io.files import write_checkpoint, write_config
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deltaspec.errors import PairingError
 from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.foreign_marks import describe_module
 from deltaspec.io.intact import refuse_partial
 from deltaspec.io.open import open_plain, open_source
 from deltaspec.options import AnalyzeOptions
@@ -18,7 +19,7 @@ from deltaspec.pairing.plan import Plan, refuse_empty, refuse_shapes
 from deltaspec.pairing.renamed import choose_names, map_names
 from deltaspec.store.formats.run import RunContent
 from deltaspec.store.run import Run
-from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, NoteKind, Opened, Step
+from deltaspec.types import AdapterIndex, Checkpoint, ForeignAdapter, LowRankSource, Note, NoteKind, Opened, Step
 from deltaspec.workflows.analysis.stored_matrix import Task, analyze_matrix, memory_of
 from deltaspec.workflows.shared.fill_run import Execution, fill_run
 from deltaspec.workflows.shared.opened_base import Base
@@ -94,12 +95,20 @@ def pair_sources(first: Opened, second: Opened, options: AnalyzeOptions) -> Plan
     elif isinstance(second, AdapterIndex):
         plan = pair_adapter(first, second, options)
     else:
+        if (what := describe_module(second.tensors)) and not describe_module(first.tensors):
+            message = f"Cannot compare {first.ref} with {second.ref}: the second is {what}."
+            raise PairingError(message)
         plan = pair_checkpoints(first, second, options)
-    for side in (first, second):
-        for text in side.notes if isinstance(side, Checkpoint) else ():
-            plan.note(text)
     refuse_empty(plan, first, second)
+    plan.notes[:0] = [Note(NoteKind.REMARK, text) for side in (first, second) for text in _remarks(side)]
     return plan
+
+
+def _remarks(side: Opened) -> tuple[str, ...]:
+    """Say what the numbers of one side are not, or leave out."""
+    if isinstance(side, Checkpoint):
+        return side.notes
+    return (f"{side.ref} is {side.conditional}: what follows is its change there",) if side.conditional else ()
 
 
 def analyze(

@@ -152,7 +152,7 @@ def _refuse_unfit(base: Base, adapter: ForeignAdapter) -> Checkpoint:
 
 def _read(adapter: ForeignAdapter, maps: Sequence[str]) -> dict[str, Tensor]:
     """Read an adapter's tensors, under the names that the model would give them."""
-    tensors, _ = shards.list_tensors(adapter.files[0])
+    tensors, _ = shards.gather(adapter.files)
     refuse_empty(tensors.values())
     stored = {WRAPPER.sub("", name): read_tensor(spec) for name, spec in tensors.items()}
     return map_keys(stored, maps, adapter.ref)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.files.json_file import read_json
+from deltaspec.io.file_formats import SAVED
 from deltaspec.store.formats.training import TrainingReport
 from deltaspec.store.training_folder import CHECKPOINTS, FINAL, REPORT, read_report
 
@@ -23,7 +24,7 @@ def is_training(ref: str | Path) -> bool:
         return True
     if not folder.is_dir():
         return False
-    files = any(path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth") for path in folder.iterdir())
+    files = any(path.is_file() and path.name.endswith(SAVED) for path in folder.iterdir())
     return not files and any(_list_steps(folder))
 
 

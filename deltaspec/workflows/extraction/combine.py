@@ -14,6 +14,7 @@ from deltaspec.architecture.peft_names import is_parameter
 from deltaspec.engine.local import resolve_devices
 from deltaspec.errors import OptionError, PairingError
 from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.foreign_marks import describe_module
 from deltaspec.io.lay_out import StandIn, lay_out
 from deltaspec.io.matrix import read_tensor
 from deltaspec.io.open import open_plain
@@ -167,7 +168,8 @@ def _open_base(base: str | Path | None) -> Checkpoint | None:
 def _open(path: str | Path) -> AdapterIndex:
     index = open_plain(path)
     if not isinstance(index, AdapterIndex):
-        message = f"{index.ref} is a full checkpoint: combine and resize take LoRA adapters; extract one first."
+        what = describe_module(index.tensors) or "a full checkpoint; extract one first"
+        message = f"Cannot use {index.ref}: combine and resize take LoRA adapters, and it is {what}."
         raise PairingError(message)
     return index
 

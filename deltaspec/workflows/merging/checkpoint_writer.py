@@ -16,6 +16,8 @@ from deltaspec.files.dtypes import DTYPES, GRIDS, OPTIONS
 from deltaspec.files.tensor_reader import read_header
 from deltaspec.files.tensor_writer import SAVED, write_safetensors
 from deltaspec.io.companions import adjust_config, copy_companions, find_companions, output_name
+from deltaspec.io.file_formats import is_pickled
+from deltaspec.io.quantisation_config import FILES, METADATA
 from deltaspec.io.sentence_modules import is_beside
 from deltaspec.io.shards import INDEX, write_index
 from deltaspec.io.weight_files import NUMBERED
@@ -113,7 +115,7 @@ def write_files(
         if finished[name] is None:
             rows: list[MergedMatrix] = []
             entries = [_counted(rewrite.entry(tensor, rows), headway) for tensor in held]
-            size = write_safetensors(folder / name, entries, metadata=_metadata(rewrite.base, held))
+            size = write_safetensors(folder / name, entries, metadata=_metadata(rewrite, held))
             with whole_file(kept[name]) as stream:
                 stream.write(json.dumps({"bytes": size, "rows": [row.to_dict() for row in rows]}).encode())
             finished[name] = rows
@@ -131,13 +133,15 @@ def _counted(entry: Entry, headway: Headway) -> Entry:
     return replace(entry, read=read)
 
 
-def _metadata(base: Checkpoint, held: list[str]) -> dict[str, str]:
-    """Keep what the header of the base's file says, and which names share a tensor."""
+def _metadata(rewrite: Rewrite, held: list[str]) -> dict[str, str]:
+    """Keep what the header of the base's file says and is still true, and which names share a tensor."""
+    base = rewrite.base
     file, names = base.tensors[held[0]].file, {*held}
-    stored = read_header(file)[1].get("__metadata__") if file.name.endswith(".safetensors") else None
+    stored = None if is_pickled(file) else read_header(file)[1].get("__metadata__")
     aliases = {alias: name for alias, name in base.aliases.items() if name in names}
     shared = {_stored_name(base, alias): _stored_name(base, name) for alias, name in aliases.items()}
-    return {**(stored or SAVED), **shared}
+    kept = {key: text for key, text in (stored or SAVED).items() if rewrite.dtype == "auto" or key != METADATA}
+    return {**(kept or SAVED), **shared}
 
 
 def _read_rows(report: Path, written: Path) -> list[MergedMatrix] | None:
@@ -159,5 +163,6 @@ def write_beside(rewrite: Rewrite, files: Files, folder: Path) -> str:
         write_index(folder / index, {name: [rewrite.entry(tensor) for tensor in held] for name, held in files.items()})
     config = adjust_config(base.config, dtype=rewrite.dtype, vocabulary=changes.vocabulary, untied=changes.untied)
     companions, note = find_companions(base)
-    copy_companions(companions, folder, root=base.root, config=config)
+    kept = [path for path in companions if rewrite.dtype == "auto" or path.name not in FILES]
+    copy_companions(kept, folder, root=base.root, config=config)
     return note

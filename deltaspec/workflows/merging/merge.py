@@ -14,6 +14,7 @@ from typing import Any
 from deltaspec.errors import CheckpointError, OptionError, PairingError
 from deltaspec.files.atomic import whole_file
 from deltaspec.io.fingerprint import identify_source
+from deltaspec.io.foreign_marks import describe_module
 from deltaspec.io.meta_layout import CONVERT
 from deltaspec.io.open import open_plain
 from deltaspec.io.staging import Staging
@@ -160,8 +161,8 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
             f"in Hugging Face's; {CONVERT} first."
         )
         raise CheckpointError(message)
-    coded = next((s for s in source.tensors.values() if s.dtype.startswith("F8")), None)
-    if dtype == "auto" and coded and (coded.scale or "quantization_config" in source.config):
+    coded = next((spec for spec in source.tensors.values() if spec.scale), None)
+    if dtype == "auto" and coded:
         message = (
             f"Cannot merge into '{coded.name}' of {source.ref}: it is stored as {coded.dtype} with scales, too coarse "
             "for an update; pass --dtype bf16 (fp16, fp32) to dequantise the checkpoint."
@@ -173,6 +174,7 @@ def _open_base(base: str | Path, dtype: str) -> Checkpoint:
 def _open_adapter(place: str | Path) -> AdapterIndex:
     source = open_plain(place)
     if isinstance(source, Checkpoint):
-        message = f"Cannot merge {source.ref}: it is a full checkpoint; deltaspec extract makes an adapter of it."
+        what = describe_module(source.tensors) or "a full checkpoint; deltaspec extract makes an adapter of it"
+        message = f"Cannot merge {source.ref}: it is {what}."
         raise PairingError(message)
     return source

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import NumericalError
-from deltaspec.io.matrix import StoredMatrix, open_matrix, read_low_rank, read_tensor
+from deltaspec.io.matrix import StoredMatrix, open_matrix, read_low_rank, read_tensor, read_values
 from deltaspec.linalg.truncated import truncate_product
 from deltaspec.merging.apply import Loss, Rows, Summands, merge_block, merge_rows, row_blocks
 from deltaspec.types import MatrixKey, MatrixSource, Shape, TensorSpec, View
@@ -33,8 +33,8 @@ def copy_tensor(spec: TensorSpec, dtype: torch.dtype | None) -> Tensor:
     out = torch.empty(spec.shape, dtype=dtype)
     if spec.scale is None:
         out.copy_(stored)
-    elif len(spec.shape) < 2:
-        out.copy_(stored.double() * read_tensor(spec.scale).double().reshape(()))
+    elif len(spec.shape) not in (2, 3):
+        out.copy_(read_values(spec))
     else:
         stack = [View(spec.shape)] if len(spec.shape) == 2 else [View(spec.shape[1:], e) for e in range(spec.shape[0])]  # type: ignore[arg-type]
         for view in stack:
@@ -109,12 +109,12 @@ def _update_of(part: Part) -> Rows:
 
 def _merge_vector(change: TensorChange, out: Tensor) -> Loss:
     """Write a vector, or a bias of any shape, into ``out``; rows that only the replacement has are there already."""
-    base = read_tensor(change.spec)
+    base = read_values(change.spec)
     rows = min(base.shape[0], out.shape[0]) if base.ndim else None
     update = torch.zeros(base.shape, dtype=torch.float64)
     for bias, factor, start in change.biases:
         update[start : start + bias.shape[0]] += read_tensor(bias).double() * factor
-    whole = None if change.whole is None else read_tensor(change.whole)
+    whole = None if change.whole is None else read_values(change.whole)
     if rows is None:
         merged, loss = merge_block(base, update, dtype=out.dtype, whole=whole, share=change.share)
         out.copy_(merged)

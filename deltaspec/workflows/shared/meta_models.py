@@ -12,7 +12,7 @@ from deltaspec.architecture.outline.build import build_on_meta, quiet_transforme
 from deltaspec.errors import CheckpointError, OptionError
 from deltaspec.files.json_file import read_json
 from deltaspec.io import hub
-from deltaspec.io.open import SUFFIXES
+from deltaspec.io.file_formats import SUFFIXES
 from deltaspec.options.training import TASKS
 from deltaspec.training.sites.model_sites import base_parameters
 from deltaspec.types import Checkpoint

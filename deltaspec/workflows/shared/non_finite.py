@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deltaspec.errors import NumericalError
 from deltaspec.io.matrix import read_tensor
+from deltaspec.io.scales import decode_scale
 from deltaspec.linalg.numerics import first_non_finite
 from deltaspec.types import LowRankSource, MatrixSource, TensorSpec, WeightPair
 
@@ -19,7 +20,8 @@ def describe_non_finite(side: str, spec: TensorSpec, *, exclude: bool = True) ->
     exclude : bool
         Whether the command has --exclude.
     """
-    index = first_non_finite(read_tensor(spec))
+    values = read_tensor(spec)
+    index = first_non_finite(decode_scale(values) if spec.dtype == "U8" else values)
     if index is None:
         return ""
     return (

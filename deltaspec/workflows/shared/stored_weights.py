@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deltaspec.io.matrix import open_matrix, read_tensor
+from deltaspec.io.matrix import open_matrix, read_tensor, read_values
 from deltaspec.types import Checkpoint, MatrixSource, TensorSpec, View
 
 
@@ -19,6 +19,8 @@ def read_weight(spec: TensorSpec) -> Tensor:
     """
     if spec.scale is None:
         return read_tensor(spec)
+    if len(spec.shape) not in (2, 3):
+        return read_values(spec).to(torch.float32)
     experts = range(spec.shape[0]) if len(spec.shape) == 3 else (None,)
     rows, columns = spec.shape[-2:]
     stored = (open_matrix(MatrixSource(spec, View((rows, columns), expert=expert))) for expert in experts)

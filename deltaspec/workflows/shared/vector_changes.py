@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deltaspec.errors import DeltaspecError
-from deltaspec.io.matrix import read_tensor
+from deltaspec.io.matrix import read_values
 from deltaspec.pairing.plan import Plan, VectorPair
 from deltaspec.store.formats.run import VectorRow
 from deltaspec.store.run import Run
@@ -42,7 +42,7 @@ def compare_vectors(plan: Plan, run: Run) -> None:
 def _read(spec: TensorSpec | None, rows: int | None) -> Tensor:
     if spec is None:
         return torch.zeros(0, dtype=torch.float64)
-    return read_tensor(spec).to(torch.float64).reshape(-1)[:rows]
+    return read_values(spec).to(torch.float64).reshape(-1)[:rows]
 
 
 def _compare(pair: VectorPair) -> tuple[VectorRow, str]:
@@ -110,8 +110,8 @@ def change_of(vector: VectorPair) -> torch.Tensor:
     CheckpointError
         If a side cannot be read.
     """
-    tuned = read_tensor(vector.tuned).to(torch.float64).reshape(-1)[: vector.rows]
+    tuned = read_values(vector.tuned).to(torch.float64).reshape(-1)[: vector.rows]
     if vector.scaling is not None:
         return tuned * vector.scaling
     assert vector.base is not None
-    return tuned - read_tensor(vector.base).to(torch.float64).reshape(-1)[: vector.rows]
+    return tuned - read_values(vector.base).to(torch.float64).reshape(-1)[: vector.rows]

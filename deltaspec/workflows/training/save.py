@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deltaspec.architecture.outline.build import quiet_transformers
 from deltaspec.files.atomic import whole_file
+from deltaspec.io.quantisation_config import drop_quantisation
 from deltaspec.training.data.examples import padding
 from deltaspec.training.several.switching import merge_module
 from deltaspec.training.sites.adapted import Adapted
@@ -85,5 +86,5 @@ def _merge(model: nn.Module) -> dict[str, Tensor]:
 def _widen(config: dict[str, Any]) -> dict[str, Any]:
     """Return a base's config for weights in float32, those of its parts too."""
     wide = {name: _widen(value) if isinstance(value, dict) else value for name, value in config.items()}
-    wide.pop("quantization_config", None)
+    drop_quantisation(wide)
     return wide | {name: "float32" for name in ("dtype", "torch_dtype") if name in wide}

@@ -14,8 +14,8 @@ from deltaspec.files import json_file, tensor_reader
 from deltaspec.files.atomic import whole_file
 from deltaspec.files.tensor_writer import SAVED, write_tensors
 from deltaspec.io import hub
-from deltaspec.io.peft import CONFIG, WEIGHTS
-from deltaspec.io.weight_files import PICKLED
+from deltaspec.io.file_formats import SUFFIXES
+from deltaspec.io.peft_files import CONFIG, WEIGHTS
 from deltaspec.training.sites.attachment import Attachment
 from deltaspec.training.stored.adapter_format import adapter_config, adapter_tensors, attach_stored, head_tensors
 
@@ -101,7 +101,7 @@ def _find(ref: str | Path) -> Path:
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
-    found = None if isinstance(ref, Path) else hub.parse_id(ref, suffixes=(".safetensors", ".json", *PICKLED))
+    found = None if isinstance(ref, Path) else hub.parse_id(ref, suffixes=(".json", *SUFFIXES))
     if found is None or path.exists():
         message = f"Cannot open '{ref}': expected a folder with '{CONFIG}' and '{WEIGHTS[0]}', or a hub id owner/name."
         raise CheckpointError(message)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltaspec.errors import PairingError
+from deltaspec.io.foreign_marks import describe_module
 from deltaspec.io.intact import refuse_partial
 from deltaspec.io.lay_out import lay_out
 from deltaspec.io.open import open_plain
@@ -14,7 +15,7 @@ from deltaspec.options import AnalyzeOptions
 from deltaspec.pairing.adapters import pair_adapter
 from deltaspec.pairing.plan import Plan, refuse_shapes
 from deltaspec.pairing.renamed import choose_names
-from deltaspec.types import AdapterIndex, Checkpoint
+from deltaspec.types import AdapterIndex, Checkpoint, Opened
 from deltaspec.workflows.analysis.analyze import pair_sources
 from deltaspec.workflows.verification.claims import Claims, read_claims
 
@@ -56,9 +57,8 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     first, *others = (open_plain(ref) for ref in (base, tuned, adapter))
     second, index = choose_names(others, options.pairing)
     if isinstance(first, AdapterIndex) or not isinstance(index, AdapterIndex):
-        message = (
-            f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
-        )
+        what = describe_module(index.tensors) if isinstance(index, Checkpoint) else ""
+        message = f"Cannot verify {index.ref}: it is {what}." if what else _misplaced(first, index)
         raise PairingError(message)
     refuse_partial(first, index)
     plan = pair_sources(first, second, options)
@@ -68,3 +68,7 @@ def open_trio(base: str | Path, tuned: str | Path, adapter: str | Path, options:
     refuse_shapes(adapted.heads, vocabulary=False)
     heads = sorted({pair.key.tensor for pair in plan.pairs if pair.key.role == "lm_head"})
     return Trio(first, second, index, plan, adapted, lay_out(first, heads), claims)
+
+
+def _misplaced(first: Opened, index: Opened) -> str:
+    return f"Expected a base, a tuned model and a LoRA adapter, found {first.ref} and {index.ref}: check the order."
