@@ -1,0 +1,67 @@
+"""Adapters that PEFT itself makes, to be merged."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .running import load
+
+if TYPE_CHECKING:
+    from .checks import Specimen
+
+
+def all_linear(specimen: Specimen, out: Path) -> Any:
+    """Target every linear layer but the output, as PEFT chooses them."""
+    return _make(specimen, out, target_modules="all-linear")
+
+
+def some_leaves(specimen: Specimen, out: Path) -> Any:
+    """Target a few kinds of modules by their last name: linear layers, an embedding, a convolution."""
+    leaves: dict[str, list[str]] = {"linear": [], "embedding": [], "conv": []}
+    for path, module in load(specimen.cls, specimen.base).named_modules():
+        leaf = path.rsplit(".", 1)[-1]
+        kind = _kind(module)
+        if kind and leaf and not leaf.isdigit() and leaf not in leaves[kind]:
+            leaves[kind].append(leaf)
+    chosen = leaves["linear"][::2] + leaves["embedding"][:1] + leaves["conv"][:1]
+    return _make(specimen, out, target_modules=chosen) if chosen else None
+
+
+def stacked_experts(specimen: Specimen, out: Path) -> Any:
+    """Target the bare parameters that hold a matrix for each expert."""
+    names = [
+        name
+        for name, parameter in load(specimen.cls, specimen.base).named_parameters()
+        if parameter.ndim == 3 and "expert" in name and not name.endswith(("weight", "bias"))
+    ]
+    if not names:
+        return None
+    return _make(specimen, out, target_modules=[], target_parameters=sorted({name.split(".experts.")[-1] if False else ".".join(name.split(".")[-2:]) for name in names}))
+
+
+def _kind(module: nn.Module) -> str:
+    if type(module) in (nn.Linear, Conv1D):
+        return "linear"
+    if type(module) is nn.Embedding:
+        return "embedding"
+    return "conv" if type(module) in (nn.Conv1d, nn.Conv2d) and module.groups == 1 else ""
+
+
+def _make(specimen: Specimen, out: Path, **targets: Any) -> Any:
+    settings = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **targets)
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(load(specimen.cls, specimen.base), settings).eval()
+        model.save_pretrained(out)
+    return model
+
+
+MAKERS = {"all-linear": all_linear, "leaves": some_leaves, "experts": stacked_experts}

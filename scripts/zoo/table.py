@@ -1,0 +1,49 @@
+"""Verdicts as a table, by architecture and in total."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+COLUMNS = (
+    *("analyze", "none", "all", "verify none", "verify all", "merge all-linear", "merge leaves", "merge experts"),
+)
+SHORT = {"right": "right", "refused": "refused", "WRONG": "WRONG", "skipped": "-"}
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print one architecture: its verdicts, then a line for each reason."""
+    verdicts = row["verdicts"]
+    kind, reason = verdicts["build"]
+    if len(verdicts) == 1:
+        print(f"{row['name']:34} {kind}: {reason[:200]}", flush=True)
+        return
+    cells = " ".join(f"{SHORT.get(verdicts[column][0], verdicts[column][0]):8}" for column in COLUMNS)
+    print(f"{row['name']:34} {cells} {row['seconds']:5} s{'' if not reason else '  ' + reason}", flush=True)
+    for column in COLUMNS:
+        kind, reason = verdicts[column]
+        if reason and kind in ("WRONG", "refused"):
+            print(f"    {column}: {kind}: {reason[:400]}", flush=True)
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print all, then the totals: an architecture is wrong if any check is, refused if any is and none is wrong."""
+    print(f"\n{'':34} " + " ".join(f"{column[-8:]:8}" for column in COLUMNS))
+    for row in rows:
+        print_row(row)
+    print(f"\n{'check':18} right refused WRONG    -")
+    for column in COLUMNS:
+        counts = Counter(row["verdicts"][column][0] for row in rows if column in row["verdicts"])
+        print(f"{column:18} {counts['right']:5} {counts['refused']:7} {counts['WRONG']:5} {counts['skipped']:4}")
+    totals = Counter(sum_up(row) for row in rows)
+    print(f"\n{len(rows)} architectures: " + ", ".join(f"{count} {kind}" for kind, count in totals.most_common()) + ".")
+
+
+def sum_up(row: dict[str, Any]) -> str:
+    """Name what an architecture is as a whole."""
+    kinds = {kind for kind, _ in row["verdicts"].values()}
+    for kind in ("broken", "not built", "WRONG", "refused"):
+        if kind in kinds:
+            return kind
+    return "right"
