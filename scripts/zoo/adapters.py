@@ -30,8 +30,11 @@ def some_leaves(specimen: Specimen, out: Path) -> Any:
         kind = _kind(module)
         if kind and leaf and not leaf.isdigit() and leaf not in leaves[kind]:
             leaves[kind].append(leaf)
-    chosen = leaves["linear"][::2] + leaves["embedding"][:1] + leaves["conv"][:1]
-    return _make(specimen, out, target_modules=chosen) if chosen else None
+    beside = leaves["embedding"][:1] + leaves["conv"][:1]
+    try:
+        return _make(specimen, out, target_modules=leaves["linear"][::2] + beside)
+    except ValueError:  # what is fused in the running model goes together or not at all
+        return _make(specimen, out, target_modules=leaves["linear"] + beside)
 
 
 def stacked_experts(specimen: Specimen, out: Path) -> Any:
@@ -43,7 +46,7 @@ def stacked_experts(specimen: Specimen, out: Path) -> Any:
     ]
     if not names:
         return None
-    return _make(specimen, out, target_modules=[], target_parameters=sorted({name.split(".experts.")[-1] if False else ".".join(name.split(".")[-2:]) for name in names}))
+    return _make(specimen, out, target_modules=[], target_parameters=sorted({".".join(name.split(".")[-2:]) for name in names}))
 
 
 def _kind(module: nn.Module) -> str:

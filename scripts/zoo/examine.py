@@ -13,7 +13,7 @@ from .build import NotBuilt, build
 from .catalogue import Species
 from .checks import SKIPPED, Specimen, Verdict, check_analyze, check_extract, check_merge
 from .folders import fill, read, write_pair
-from .inputs import find_inputs
+from .inputs import repeats
 
 COLUMNS = ("build", "analyze", "none", "all", "verify none", "verify all", "merge all-linear", "merge leaves", "merge experts")
 
@@ -43,7 +43,7 @@ def _examine(species: Species, folder: Path, row: dict[str, Any]) -> dict[str, V
         reloaded = type(model).from_pretrained(base).eval()
     except Exception as error:  # noqa: BLE001 (transformers cannot save or load its own model)
         raise NotBuilt(f"does not survive saving: {type(error).__name__}: {str(error)[:200]}") from error
-    if inputs is not None and find_inputs(reloaded) is None:
+    if inputs is not None and not repeats(reloaded, type(model).from_pretrained(base).eval(), inputs):
         inputs = None
     specimen = Specimen(type(model), base, tuned, inputs, folder, read(base), read(tuned))
     found = {"build": Verdict("right", "" if inputs is not None else "forward not fed"), "analyze": check_analyze(specimen)}

@@ -31,6 +31,18 @@ def run(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(_floats(model(**inputs), ""))
 
 
+def repeats(one: Any, other: Any, inputs: dict[str, Tensor]) -> bool:
+    """Tell whether two models of the same weights say the same, finite thing; some draw numbers as they run."""
+    try:
+        first, second = run(one, inputs), run(other, inputs)
+    except Exception:  # noqa: BLE001 (a model that does not run says nothing)
+        return False
+    return first.keys() == second.keys() and all(
+        bool(torch.isfinite(value).all()) and torch.allclose(value, second[place], rtol=1e-5, atol=1e-6)
+        for place, value in first.items()
+    )
+
+
 def _floats(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():

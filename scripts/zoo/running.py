@@ -66,19 +66,27 @@ def _spying(results: list[Any]) -> Iterator[None]:
 def effective_state(model: Any) -> State:
     """Merge each module's factors into a weight of its own: what it computes with, tied or not.
 
-    PEFT's merge adds to a shared weight once for each use of it; running, each use adds its own factors. Changes the
-    model.
+    PEFT's merge adds to a shared weight once for each use of it; running, each use adds its own factors. It also
+    refuses a bias beside factors where the layer has none, which runs: such a layer gets a zero one first, and what
+    that became is left out where it stayed zero. Changes the model.
     """
     seen: set[int] = set()
+    added: list[nn.Parameter] = []
     for module in model.modules():
         inner = getattr(module, "base_layer", None)
         weight = getattr(inner, "weight", None)
-        if isinstance(weight, nn.Parameter) and hasattr(module, "lora_A"):
-            if id(weight) in seen or _uses(model, weight) > 1:
-                inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-            seen.add(id(weight))
-    merged = model.merge_and_unload()
-    return {name: tensor.detach().clone() for name, tensor in merged.state_dict().items() if isinstance(tensor, Tensor)}
+        if not isinstance(weight, nn.Parameter) or not hasattr(module, "lora_A"):
+            continue
+        if id(weight) in seen or _uses(model, weight) > 1:
+            inner.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        seen.add(id(weight))
+        biases = [getattr(layer, "bias", None) for layer in module.lora_B.values()]
+        if getattr(inner, "bias", None) is None and biases and biases[0] is not None:
+            inner.bias = nn.Parameter(torch.zeros_like(biases[0]), requires_grad=False)
+            added.append(inner.bias)
+    state = {name: tensor for name, tensor in model.merge_and_unload().state_dict().items() if isinstance(tensor, Tensor)}
+    places = {bias.data_ptr() for bias in added if not bias.any()}
+    return {name: tensor.detach().clone() for name, tensor in state.items() if tensor.data_ptr() not in places}
 
 
 def _uses(model: Any, weight: nn.Parameter) -> int:

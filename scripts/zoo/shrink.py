@@ -10,13 +10,15 @@ from typing import Any
 KEPT = re.compile(
     r"_rate$|theta|temperature|_time|stride|channels_per|num_channels|kernel|dilation|pad(ding)?$|seed|_coef|_cost|"
     r"ignore|num_labels|in_chans|audio_channels|input_channels|_scale$|^scale|scale_factor|type_vocab|beams|_ratio|"
-    r"spatial_merge|temporal_patch|eps|sampling|prob|levels|_mult(iplier)?$|capacity|threshold|hop_length|groups?$|"
-    r"chunk_size_feed_forward|expand|pretraining_tp|bias_max|_factor$|downsampl|upsampl|nemo_|n_docs|pool"
+    r"spatial_merge|temporal_patch|eps|sampling_rate|prob|levels|_mult(iplier)?$|capacity|threshold|hop_length|"
+    r"chunk_size_feed_forward|expand|pretraining_tp|bias_max|_factor$|_rates$|sample_rat|sampling_rat|nemo_|n_docs|pool"
 )
+VOCAB = 60
 SIZES = (  # pattern of a field's name, its tiny value; the first that fits decides
     (r"(kv|key_value)_?(attention_)?heads|multi_query_group_num", 1),
     (r"experts?_per_tok|moe_top_?k$|moe_topk|experts_per_token|num_selected_experts|moe_k$", 2),
     (r"^(n_group|topk_group|num_expert_group|n_groups|mamba_n_groups|ssm_groups)$", 1),
+    (r"num_groups$", 2),
     (r"shared_experts?$|first_k_dense|num_dense_layers|moe_layer_(start|freq)|sparse_step", 1),
     (r"experts$|experts_num|moe_num_experts", 4),
     (r"q_lora_rank", 12),
@@ -40,19 +42,31 @@ SIZES = (  # pattern of a field's name, its tiny value; the first that fits deci
 )
 INDICES = re.compile(r"ind(ex|ices|exes|ices_list)$|_idxs?$|_layers$|_blocks$|out_indices|_layer_ids$|summary|insert_layer")
 TOKEN = re.compile(r"(token|bos|eos|pad|boi|eoi|boa|eoa|start|end|mask|think|nothink)_(id|index|token_id)$|_token_index$")
-VOCAB = 60
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Recipe:
-    """How sizes become small: ``table`` by SIZES, or all divided by ``divisor``; ``derived`` fields recomputed."""
+    """How sizes become small: by SIZES, times ``unit``, or, if there is a ``divisor``, widths divided by it.
+
+    ``derived`` leaves out what a configuration works out itself; ``filled`` gives numbers to what is None by default;
+    ``equal`` makes key-value heads as many as heads.
+    """
 
     divisor: int = 0
+    unit: int = 1
     derived: bool = False
-    unit: int = 1  # multiplies the table's widths
+    filled: bool = False
+    equal: bool = False
 
 
-RECIPES = (Recipe(), Recipe(derived=True), Recipe(unit=2), Recipe(16), Recipe(16, derived=True), Recipe(unit=4, derived=True), Recipe(8))
+RECIPES = (
+    *(Recipe(), Recipe(derived=True), Recipe(filled=True), Recipe(equal=True), Recipe(equal=True, derived=True)),
+    *(Recipe(unit=2), Recipe(16), Recipe(16, derived=True), Recipe(unit=4, derived=True), Recipe(8)),
+)
+FILLED = {
+    **{"head_dim": 8, "num_key_value_heads": 2, "vocab_size": VOCAB, "n_routed_experts": 4, "n_shared_experts": 1},
+    **{"num_experts": 4, "prediction_length": 4, "moe_intermediate_size": 12, "kv_channels": 8, "num_local_experts": 4},
+}
 
 
 def shrink(config: Any, recipe: Recipe) -> dict[str, Any]:
@@ -118,6 +132,8 @@ def _layer_kinds(fields: Mapping[str, Any], depths: set[int]) -> dict[str, list[
 def _shrink_field(name: str, value: Any, recipe: Recipe, depth: int) -> Any:
     if _is_config(value):
         return {**shrink(value, recipe), "model_type": value.model_type}
+    if value is None and recipe.filled:
+        return FILLED.get(name)
     if isinstance(value, bool) or value is None or isinstance(value, str | float):
         return value
     if isinstance(value, dict):
@@ -151,6 +167,8 @@ def _shrink_number(name: str, value: int, recipe: Recipe) -> int:
                 return max(2, value // recipe.divisor) if value > recipe.divisor else value
             if recipe.divisor and "heads" in name:
                 return value
+            if recipe.equal and "heads" in name:
+                return min(value, 2)
             return min(value, tiny * (recipe.unit if tiny in (8, 16, 24) else 1))
     return value if value < 64 else 16
 
@@ -169,7 +187,7 @@ def _shrink_list(name: str, value: list[Any], recipe: Recipe, depth: int) -> lis
         return [max(1, inner // min(value)) for inner in value]
     if max(value) >= 16 and re.search(r"dim|hidden|channels|size|width|embed|filters", name) and not re.search("patch|window|image", name):
         unit = 8 * recipe.unit / min(v for v in value if v > 3) if max(value) > 3 else 1
-        return [inner if inner <= 3 else max(4, round(inner * unit)) for inner in value]
+        return [inner if inner <= 3 else max(4, 4 * round(inner * unit / 4)) for inner in value]
     if re.search(r"image_size", name):
         return [32] * len(value)
     if INDICES.search(name) and depth > 2 and max(value) > 1:
