@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT.parent))  # after PYTHONPATH, so that the deltaspec of another checkout can be measured
 
 from zoo.catalogue import list_species  # noqa: E402
 from zoo.table import print_row, print_table  # noqa: E402
