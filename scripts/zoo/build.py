@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from .catalogue import Species
 from .inputs import find_inputs
+from .others import build_other
 from .overrides import OVERRIDES
 from .shrink import RECIPES, shrink
 
@@ -29,6 +29,8 @@ def build(species: Species) -> tuple[Any, dict[str, Tensor] | None]:
     NotBuilt
         If no recipe makes one.
     """
+    if species.library != "transformers":
+        return build_other(species.library, species.cls)
     reasons, fallback = [], None
     for config in _configs(species, reasons):
         try:
@@ -87,7 +89,3 @@ def _make(species: Species, config: Any) -> nn.Module:
 def _size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
-
-def import_class(name: str) -> Any:
-    """Return a class of transformers."""
-    return getattr(importlib.import_module("transformers"), name)

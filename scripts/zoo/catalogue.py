@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from .others import TimmFolder, list_others
+
 HEADS = (  # the table that names a type's main class is the first of these that has it; a bare body comes last
     *("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "MASKED_LM", "CAUSAL_LM"),
     *("ZERO_SHOT_IMAGE_CLASSIFICATION", "CTC", "RNNT", "TDT", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM"),
@@ -29,12 +31,15 @@ class Species:
     library: str = "transformers"
 
     def model_class(self) -> Any:
-        """Import the class."""
-        return getattr(importlib.import_module(self.library), self.cls)
+        """Return the class, or what loads folders in its place."""
+        return TimmFolder(self.cls) if self.library == "timm" else getattr(importlib.import_module(self.library), self.cls)
 
 
 def list_species() -> dict[str, Species]:
-    """Map each model type of the installed transformers to its main class, and ``type/Class`` to its bare body."""
+    """Map each model type of the installed transformers to its main class, ``type/Class`` to its bare body.
+
+    Models of diffusers and timm follow as ``library:name``, where these are installed.
+    """
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
     tables = [getattr(auto, f"MODEL_FOR_{head}_MAPPING_NAMES", {}) for head in HEADS]
     bodies = auto.MODEL_MAPPING_NAMES
@@ -45,7 +50,7 @@ def list_species() -> dict[str, Species]:
         body = _first(bodies.get(kind, ""))
         if body and body != known[0]:
             found[f"{kind}/{body}"] = Species(kind, body)
-    return found
+    return found | {name: Species(name, name.partition(":")[2], library) for name, library in list_others().items()}
 
 
 def _first(names: str | tuple[str, ...]) -> str:

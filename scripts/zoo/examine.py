@@ -35,17 +35,17 @@ def examine(species: Species) -> dict[str, Any]:
 def _examine(species: Species, folder: Path, row: dict[str, Any]) -> dict[str, Verdict]:
     from .adapters import MAKERS
 
-    model, inputs = build(species)
+    cls, (model, inputs) = species.model_class(), build(species)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     try:
         with torch.no_grad():
-            base, tuned = write_pair(model, folder)
-        reloaded = type(model).from_pretrained(base).eval()
+            base, tuned = write_pair(cls, model, folder)
+        reloaded = cls.from_pretrained(base).eval()
     except Exception as error:  # noqa: BLE001 (transformers cannot save or load its own model)
         raise NotBuilt(f"does not survive saving: {type(error).__name__}: {str(error)[:200]}") from error
-    if inputs is not None and not repeats(reloaded, type(model).from_pretrained(base).eval(), inputs):
+    if inputs is not None and not repeats(reloaded, cls.from_pretrained(base).eval(), inputs):
         inputs = None
-    specimen = Specimen(type(model), base, tuned, inputs, folder, read(base), read(tuned))
+    specimen = Specimen(cls, base, tuned, inputs, folder, read(base), read(tuned))
     found = {"build": Verdict("right", "" if inputs is not None else "forward not fed"), "analyze": check_analyze(specimen)}
     for extras in ("none", "all"):
         found[extras], found[f"verify {extras}"] = check_extract(specimen, extras)

@@ -16,7 +16,7 @@ State = dict[str, Tensor]
 SIZE, CHANGE = 0.15, 0.03
 
 
-def write_pair(model: Any, folder: Path) -> tuple[Path, Path]:
+def write_pair(cls: Any, model: Any, folder: Path) -> tuple[Path, Path]:
     """Fill the model from seeds and save it, change all of it and save it again.
 
     Both are loaded and saved once more: some classes change what they load (a padding row to zero), and what is stored
@@ -24,16 +24,16 @@ def write_pair(model: Any, folder: Path) -> tuple[Path, Path]:
     """
     base, tuned = folder / "base", folder / "tuned"
     fill(model, seed=0)
-    _save(model, base)
+    _save(cls, model, base)
     change(model, seed=1)
-    _save(model, tuned)
+    _save(cls, model, tuned)
     return base, tuned
 
 
-def _save(model: Any, folder: Path) -> None:
+def _save(cls: Any, model: Any, folder: Path) -> None:
     drawn = folder.with_name(f"{folder.name}-drawn")
     model.save_pretrained(drawn)
-    type(model).from_pretrained(drawn).save_pretrained(folder)
+    cls.from_pretrained(drawn).save_pretrained(folder)
     shutil.rmtree(drawn)
 
 
@@ -81,7 +81,9 @@ def write_wanted(base: Path, tensors: Mapping[str, Tensor], folder: Path) -> Pat
     for file in base.glob("*.json"):
         if not file.name.endswith("index.json"):
             shutil.copy(file, folder / file.name)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    named = [file.name for file in base.glob("*.safetensors")]
+    file = folder / (named[0] if len(named) == 1 else "model.safetensors")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
     return folder
 
 

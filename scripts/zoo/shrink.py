@@ -11,7 +11,7 @@ KEPT = re.compile(
     r"_rate$|theta|temperature|_time|stride|channels_per|num_channels|kernel|dilation|pad(ding)?$|seed|_coef|_cost|"
     r"ignore|num_labels|in_chans|audio_channels|input_channels|_scale$|^scale|scale_factor|type_vocab|beams|_ratio|"
     r"spatial_merge|temporal_patch|eps|sampling_rate|prob|levels|_mult(iplier)?$|capacity|threshold|hop_length|"
-    r"chunk_size_feed_forward|expand|pretraining_tp|bias_max|_factor$|_rates$|sample_rat|sampling_rat|nemo_|n_docs|pool"
+    r"chunk_size_feed_forward|chunk_(length|left|right)|expand|pretraining_tp|bias_max|_factor$|_rates$|sample_rat|sampling_rat|nemo_|n_docs|pool"
 )
 VOCAB = 60
 SIZES = (  # pattern of a field's name, its tiny value; the first that fits decides
@@ -24,12 +24,13 @@ SIZES = (  # pattern of a field's name, its tiny value; the first that fits deci
     (r"q_lora_rank", 12),
     (r"kv_lora_rank", 10),
     (r"lora_rank|_rank$|low_rank|lora_dim", 4),
-    (r"qk_nope_head_dim|v_head_dim", 8),
-    (r"qk_rope_head_dim|rotary_dim|rope_dim", 4),
-    (r"qk_head_dim", 12),
+    (r"qk_(nope|rope)_head_dim|v_head_dim", 8),
+    (r"rotary_dim|rope_dim", 4),
+    (r"qk_head_dim", 16),
     (r"head_dim|d_kv|head_size|dim_head|d_head|kv_channels|dim_per_head", 8),
     (r"index_topk|num_queries|num_query|num_detection_tokens|num_latents|num_proposals", 6),
     (r"(image|img|crop|input|train)_?(image_)?size$|^resolution$|^image_size", 32),
+    (r"window_size$", 4),
     (r"patch_size|patch_dim", 8),
     (r"(num_|n_)?mel(_bins|s)$|num_mel", 16),
     (r"char_vocab|vocab|num_embeddings$|num_embeds", 60),
@@ -85,7 +86,20 @@ def shrink(config: Any, recipe: Recipe) -> dict[str, Any]:
             small[name] = depth
         else:
             small[name] = _shrink_field(name, value, recipe, max(layers.values(), default=0))
+    small |= _stages(config, small)
     return {name: value for name, value in small.items() if not name.startswith("_")}
+
+
+def _stages(config: Any, small: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask a backbone for as many stages as its defaults do: the same ones, or of a plain stack one for each layer."""
+    asked = getattr(config, "_out_indices", None)
+    if not asked:
+        return {}
+    name = next((name for name in ("num_hidden_layers", "depth") if isinstance(small.get(name), int)), "")
+    if not name or "depths" in small:
+        return {"out_indices": list(asked)}
+    depth = max(small[name], len(asked))
+    return {name: depth, "out_indices": list(range(depth + 1 - len(asked), depth + 1))}
 
 
 def _fields(config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -151,7 +165,7 @@ def _shrink_rope(value: dict[str, Any]) -> dict[str, Any]:
 
 def _shrink_token(name: str, value: Any) -> Any:
     """Keep special tokens inside the small vocabulary, each another one where the name tells them apart."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_shrink_token(name, inner) for inner in value]
     if value is None or value < 10:
         return value
@@ -177,8 +191,8 @@ def _shrink_list(name: str, value: list[Any], recipe: Recipe, depth: int) -> lis
     """Shrink a list of sizes in proportion, one of layer numbers to two layers, one of depths to ones."""
     if not value or any(isinstance(inner, str | bool | float) or inner is None for inner in value):
         return value
-    if any(isinstance(inner, list) for inner in value):
-        return [_shrink_list(name, inner, recipe, depth) if isinstance(inner, list) else inner for inner in value]
+    if any(isinstance(inner, list | tuple) for inner in value):
+        return [_shrink_list(name, list(inner), recipe, depth) if isinstance(inner, list | tuple) else inner for inner in value]
     if re.search(r"depths|num_blocks|layers$|stage_num_blocks|layer_nums|numb_of_layers|per_stage", name) and not INDICES.search(name):
         return [1] * len(value)
     if KEPT.search(name) and "channels" not in name:
@@ -186,6 +200,8 @@ def _shrink_list(name: str, value: list[Any], recipe: Recipe, depth: int) -> lis
     if re.search(r"heads", name):
         return [max(1, inner // min(value)) for inner in value]
     if max(value) >= 16 and re.search(r"dim|hidden|channels|size|width|embed|filters", name) and not re.search("patch|window|image", name):
+        if recipe.divisor:
+            return [inner if inner <= 3 else max(1, inner // recipe.divisor) for inner in value]
         unit = 8 * recipe.unit / min(v for v in value if v > 3) if max(value) > 3 else 1
         return [inner if inner <= 3 else max(4, 4 * round(inner * unit / 4)) for inner in value]
     if re.search(r"image_size", name):
