@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,12 @@ def all_linear(specimen: Specimen, out: Path) -> Any:
 
 def some_leaves(specimen: Specimen, out: Path) -> Any:
     """Target a few kinds of modules by their last name: linear layers, an embedding, a convolution."""
-    leaves: dict[str, list[str]] = {"linear": [], "embedding": [], "conv": []}
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
     for path, module in load(specimen.cls, specimen.base).named_modules():
-        leaf = path.rsplit(".", 1)[-1]
-        kind = _kind(module)
-        if kind and leaf and not leaf.isdigit() and leaf not in leaves[kind]:
+        kinds[path.rsplit(".", 1)[-1]].add(_kind(module))
+    leaves = defaultdict(list)
+    for leaf, (kind, *others) in kinds.items():
+        if kind and not others and not leaf.isdigit():
             leaves[kind].append(leaf)
     beside = leaves["embedding"][:1] + leaves["conv"][:1]
     try:
@@ -46,7 +48,9 @@ def stacked_experts(specimen: Specimen, out: Path) -> Any:
     ]
     if not names:
         return None
-    return _make(specimen, out, target_modules=[], target_parameters=sorted({".".join(name.split(".")[-2:]) for name in names}))
+    return _make(
+        specimen, out, target_modules=[], target_parameters=sorted({".".join(name.split(".")[-2:]) for name in names})
+    )
 
 
 def _kind(module: nn.Module) -> str:

@@ -32,7 +32,9 @@ class Species:
 
     def model_class(self) -> Any:
         """Return the class, or what loads folders in its place."""
-        return TimmFolder(self.cls) if self.library == "timm" else getattr(importlib.import_module(self.library), self.cls)
+        return (
+            TimmFolder(self.cls) if self.library == "timm" else getattr(importlib.import_module(self.library), self.cls)
+        )
 
 
 def list_species() -> dict[str, Species]:

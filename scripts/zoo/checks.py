@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from click.testing import CliRunner
 from torch import Tensor
 
-from .folders import State, read, read_json, write_wanted
+from .folders import State, read_json, write_wanted
 from .inputs import run
 from .running import attach, compare, distance, effective_state, load
 
@@ -85,16 +84,19 @@ def check_analyze(specimen: Specimen) -> Verdict:
 def check_extract(specimen: Specimen, extras: str) -> tuple[Verdict, Verdict]:
     """Extract at full rank, load with PEFT, compare with the fine-tune; then hold verify's word against PEFT's."""
     adapter = specimen.folder / f"adapter-{extras}"
-    code, said = command(
-        "extract", specimen.base, specimen.tuned, "--rank", 100000, "--extras", extras, "--dtype", "fp32", "-o", adapter, "--quiet"
-    )  # fmt: skip
+    settings = ("--rank", 100_000, "--extras", extras, "--dtype", "fp32", "--quiet")
+    code, said = command("extract", specimen.base, specimen.tuned, *settings, "-o", adapter)
     if code or not adapter.exists():
         return Verdict(REFUSED if code == 2 else WRONG, f"exit {code}: {said}"), Verdict(SKIPPED)
     report = read_json(adapter / "deltaspec.json")
     wrong, limits = _hold_against_peft(specimen, adapter, report)
     code, said = command("verify", specimen.base, specimen.tuned, adapter, "--quiet")
     agreed = (code == 0) == (not wrong)
-    checked = Verdict(RIGHT) if agreed else Verdict(WRONG, f"exit {code} where PEFT is {'wrong' if wrong else 'right'}: {said}"[:300])
+    checked = (
+        Verdict(RIGHT)
+        if agreed
+        else Verdict(WRONG, f"exit {code} where PEFT is {'wrong' if wrong else 'right'}: {said}"[:300])
+    )
     if wrong:
         return Verdict(WRONG, _few(wrong)), checked
     share = report["totals"]["kept"]
@@ -107,7 +109,7 @@ def _hold_against_peft(specimen: Specimen, adapter: Path, report: Any) -> tuple[
     wanted = wanted_tensors(specimen, report)
     try:
         attached = attach(specimen.cls, specimen.base, adapter)
-    except Exception as error:  # noqa: BLE001 (PEFT's refusal is the finding)
+    except Exception as error:
         return [f"PEFT cannot load it: {type(error).__name__}: {str(error)[:200]}"], []
     wrong, limits = [f"PEFT: {text}" for text in attached.complaints], []
     base = load(specimen.cls, specimen.base)
@@ -120,13 +122,13 @@ def _hold_against_peft(specimen: Specimen, adapter: Path, report: Any) -> tuple[
             ran = error <= FORWARD
             if not ran:
                 wrong.append(f"outputs{place}: off by {error:.2g} of the effect")
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             wrong.append(f"PEFT cannot run it: {type(error).__name__}: {str(error)[:200]}")
     else:
         limits.append("not run")
     try:
         state = effective_state(attached.model)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return wrong, [*limits, f"PEFT cannot merge it: {type(error).__name__}: {str(error)[:120]}"]
     return wrong + compare(state, goal.state_dict(), base.state_dict(), ran=ran), limits
 
@@ -147,7 +149,7 @@ def check_merge(specimen: Specimen, make: Callable[[Specimen, Path], Any], label
     adapter, merged = specimen.folder / f"peft-{label}", specimen.folder / f"merged-{label}"
     try:
         model = make(specimen, adapter)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return Verdict(SKIPPED, f"PEFT made none: {type(error).__name__}: {str(error)[:120]}")
     if model is None:
         return Verdict(SKIPPED, "nothing to target")
@@ -155,11 +157,11 @@ def check_merge(specimen: Specimen, make: Callable[[Specimen, Path], Any], label
     if specimen.inputs is not None:
         try:
             outputs = run(model, specimen.inputs)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             return Verdict(SKIPPED, f"PEFT cannot run its own: {type(error).__name__}: {str(error)[:120]}")
     try:
         wanted = effective_state(model)
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return Verdict(SKIPPED, f"PEFT cannot merge its own: {type(error).__name__}: {str(error)[:120]}")
     code, said = command("merge", specimen.base, adapter, "-o", merged, "--quiet")
     if code:

@@ -11,11 +11,21 @@ import torch
 
 from .build import NotBuilt, build
 from .catalogue import Species
-from .checks import SKIPPED, Specimen, Verdict, check_analyze, check_extract, check_merge
-from .folders import fill, read, write_pair
+from .checks import Specimen, Verdict, check_analyze, check_extract, check_merge
+from .folders import read, write_pair
 from .inputs import repeats
 
-COLUMNS = ("build", "analyze", "none", "all", "verify none", "verify all", "merge all-linear", "merge leaves", "merge experts")
+COLUMNS = (
+    "build",
+    "analyze",
+    "none",
+    "all",
+    "verify none",
+    "verify all",
+    "merge all-linear",
+    "merge leaves",
+    "merge experts",
+)
 
 
 def examine(species: Species) -> dict[str, Any]:
@@ -41,12 +51,15 @@ def _examine(species: Species, folder: Path, row: dict[str, Any]) -> dict[str, V
         with torch.no_grad():
             base, tuned = write_pair(cls, model, folder)
         reloaded = cls.from_pretrained(base).eval()
-    except Exception as error:  # noqa: BLE001 (transformers cannot save or load its own model)
+    except Exception as error:
         raise NotBuilt(f"does not survive saving: {type(error).__name__}: {str(error)[:200]}") from error
     if inputs is not None and not repeats(reloaded, cls.from_pretrained(base).eval(), inputs):
         inputs = None
     specimen = Specimen(cls, base, tuned, inputs, folder, read(base), read(tuned))
-    found = {"build": Verdict("right", "" if inputs is not None else "forward not fed"), "analyze": check_analyze(specimen)}
+    found = {
+        "build": Verdict("right", "" if inputs is not None else "forward not fed"),
+        "analyze": check_analyze(specimen),
+    }
     for extras in ("none", "all"):
         found[extras], found[f"verify {extras}"] = check_extract(specimen, extras)
     for label, make in MAKERS.items():

@@ -25,7 +25,7 @@ def find_inputs(model: Any) -> Inputs | None:
         try:
             if run(model, inputs):
                 return inputs
-        except Exception:  # noqa: BLE001, S112 (the next try)
+        except Exception:
             continue
     return None
 
@@ -44,7 +44,7 @@ def repeats(one: Any, other: Any, inputs: Inputs) -> bool:
     """Tell whether two models of the same weights say the same thing; some draw numbers as they run."""
     try:
         first, second = run(one, inputs), run(other, inputs)
-    except Exception:  # noqa: BLE001 (a model that does not run says nothing)
+    except Exception:
         return False
     return (
         bool(first)
@@ -105,7 +105,7 @@ def _text() -> Inputs:
 
 
 def _extra(config: Any) -> Inputs:
-    """Inputs that only some models insist on."""
+    """Return inputs that only some models insist on."""
     width = next((v for n in ("hidden_size", "d_model") if isinstance(v := getattr(config, n, None), int)), 16)
     return {
         "query_embeds": draw(2, 4, width),
@@ -135,7 +135,13 @@ def _media(config: Any, names: set[str]) -> Iterator[Inputs]:
         yield {"pixel_values_videos": draw(1, getattr(vision, "num_frames", None) or 4, channels, *sizes)}
     if "input_values" in names:
         bins = getattr(config, "num_mel_bins", None) or 16
-        for shape in ((2, 800), (2, 1, 1600), (2, getattr(config, "max_length", None) or 16, bins), (2, 8000), (2, 64, bins)):
+        for shape in (
+            (2, 800),
+            (2, 1, 1600),
+            (2, getattr(config, "max_length", None) or 16, bins),
+            (2, 8000),
+            (2, 64, bins),
+        ):
             yield {"input_values": draw(*shape)}
     if "input_features" in names:
         yield from _features(config)
@@ -145,7 +151,9 @@ def _media(config: Any, names: set[str]) -> Iterator[Inputs]:
 def _patches(vision: Any, grid: str, names: set[str]) -> Iterator[Inputs]:
     """Images cut into patches, flat, beside the grid that they come from."""
     patch = getattr(vision, "patch_size", 8)
-    width = 3 * (getattr(vision, "temporal_patch_size", None) or 1) * (patch if isinstance(patch, int) else patch[0]) ** 2
+    width = (
+        3 * (getattr(vision, "temporal_patch_size", None) or 1) * (patch if isinstance(patch, int) else patch[0]) ** 2
+    )
     place = "pixel_values" if "pixel_values" in names else "hidden_states"
     for numbers in (width, getattr(vision, "hidden_size", 16)):
         yield {place: draw(16, numbers), grid: torch.tensor([[1, 4, 4]])}
@@ -155,7 +163,9 @@ def _patches(vision: Any, grid: str, names: set[str]) -> Iterator[Inputs]:
 def _features(config: Any) -> Iterator[Inputs]:
     audio = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
     long = 2 * (getattr(audio, "max_source_positions", None) or 32)
-    widths = {v for part in (audio, config) for n in AUDIO_WIDTHS if isinstance(v := getattr(part, n, None), int)} | {16}
+    widths = {v for part in (audio, config) for n in AUDIO_WIDTHS if isinstance(v := getattr(part, n, None), int)} | {
+        16
+    }
     for width in sorted(widths, reverse=True):
         yield {"input_features": draw(2, width, long)}
         yield {"input_features": draw(2, 64, width)}

@@ -27,7 +27,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {  # "start": what the configuration is m
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32, "token_dropout": False},
     **{name: {"text_config": SECTIONS} for name in ("glm46v", "glm4v", "glm_image", "glm_ocr", "glmga", "colqwen2")},
-    **{name: SECTIONS for name in ("glm4v_text", "glm_image_text", "glm_ocr_text")},
+    **dict.fromkeys(("glm4v_text", "glm_image_text", "glm_ocr_text"), SECTIONS),
     "glm4v_moe": {"text_config": HALVES},
     "glm4v_moe_text": HALVES,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},

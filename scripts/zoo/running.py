@@ -84,7 +84,9 @@ def effective_state(model: Any) -> State:
         if getattr(inner, "bias", None) is None and biases and biases[0] is not None:
             inner.bias = nn.Parameter(torch.zeros_like(biases[0]), requires_grad=False)
             added.append(inner.bias)
-    state = {name: tensor for name, tensor in model.merge_and_unload().state_dict().items() if isinstance(tensor, Tensor)}
+    state = {
+        name: tensor for name, tensor in model.merge_and_unload().state_dict().items() if isinstance(tensor, Tensor)
+    }
     places = {bias.data_ptr() for bias in added if not bias.any()}
     return {name: tensor.detach().clone() for name, tensor in state.items() if tensor.data_ptr() not in places}
 
@@ -136,7 +138,11 @@ def distance(got: State, wanted: State, base: State) -> tuple[float, str]:
     for place, value in wanted.items():
         if place not in got or got[place].shape != value.shape:
             return float("inf"), place
-        effect = float((value.double() - base[place].double()).norm()) if place in base and base[place].shape == value.shape else 0.0
+        effect = (
+            float((value.double() - base[place].double()).norm())
+            if place in base and base[place].shape == value.shape
+            else 0.0
+        )
         error = float((got[place].double() - value.double()).norm())
         floor = 1e-3 * float(value.double().norm())
         ratio = error / max(effect, floor, 1e-12)

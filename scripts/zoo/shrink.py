@@ -41,8 +41,12 @@ SIZES = (  # pattern of a field's name, its tiny value; the first that fits deci
     (r"intermediate|ffn|feed_?forward|mlp_dim|d_ff|n_inner|linear_units|d_inner", 24),
     (r"hidden|dim|width|channels|d_model|n_embd|embed|units|filters|size|state|features?$", 16),
 )
-INDICES = re.compile(r"ind(ex|ices|exes|ices_list)$|_idxs?$|_layers$|_blocks$|out_indices|_layer_ids$|summary|insert_layer")
-TOKEN = re.compile(r"(token|bos|eos|pad|boi|eoi|boa|eoa|start|end|mask|think|nothink)_(id|index|token_id)$|_token_index$")
+INDICES = re.compile(
+    r"ind(ex|ices|exes|ices_list)$|_idxs?$|_layers$|_blocks$|out_indices|_layer_ids$|summary|insert_layer"
+)
+TOKEN = re.compile(
+    r"(token|bos|eos|pad|boi|eoi|boa|eoa|start|end|mask|think|nothink)_(id|index|token_id)$|_token_index$"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,7 +126,11 @@ def _is_config(value: object) -> bool:
 
 
 def _is_depth(name: str, value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and bool(re.search(r"^(num_hidden_layers|n_layers?|num_layers|n_layer|depth)$", name))
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and bool(re.search(r"^(num_hidden_layers|n_layers?|num_layers|n_layer|depth)$", name))
+    )
 
 
 def _layer_kinds(fields: Mapping[str, Any], depths: set[int]) -> dict[str, list[Any]]:
@@ -151,7 +159,11 @@ def _shrink_field(name: str, value: Any, recipe: Recipe, depth: int) -> Any:
     if isinstance(value, bool) or value is None or isinstance(value, str | float):
         return value
     if isinstance(value, dict):
-        return {key: _shrink_field(key, inner, recipe, depth) for key, inner in value.items()} if name != "rope_parameters" else _shrink_rope(value)
+        return (
+            {key: _shrink_field(key, inner, recipe, depth) for key, inner in value.items()}
+            if name != "rope_parameters"
+            else _shrink_rope(value)
+        )
     if TOKEN.search(name):
         return _shrink_token(name, value)
     if isinstance(value, list | tuple):
@@ -192,14 +204,23 @@ def _shrink_list(name: str, value: list[Any], recipe: Recipe, depth: int) -> lis
     if not value or any(isinstance(inner, str | bool | float) or inner is None for inner in value):
         return value
     if any(isinstance(inner, list | tuple) for inner in value):
-        return [_shrink_list(name, list(inner), recipe, depth) if isinstance(inner, list | tuple) else inner for inner in value]
-    if re.search(r"depths|num_blocks|layers$|stage_num_blocks|layer_nums|numb_of_layers|per_stage", name) and not INDICES.search(name):
+        return [
+            _shrink_list(name, list(inner), recipe, depth) if isinstance(inner, list | tuple) else inner
+            for inner in value
+        ]
+    if re.search(
+        r"depths|num_blocks|layers$|stage_num_blocks|layer_nums|numb_of_layers|per_stage", name
+    ) and not INDICES.search(name):
         return [1] * len(value)
     if KEPT.search(name) and "channels" not in name:
         return value
     if re.search(r"heads", name):
         return [max(1, inner // min(value)) for inner in value]
-    if max(value) >= 16 and re.search(r"dim|hidden|channels|size|width|embed|filters", name) and not re.search("patch|window|image", name):
+    if (
+        max(value) >= 16
+        and re.search(r"dim|hidden|channels|size|width|embed|filters", name)
+        and not re.search("patch|window|image", name)
+    ):
         if recipe.divisor:
             return [inner if inner <= 3 else max(1, inner // recipe.divisor) for inner in value]
         unit = 8 * recipe.unit / min(v for v in value if v > 3) if max(value) > 3 else 1
