@@ -2,7 +2,8 @@
 
     python scripts/zoo.py --out zoo.jsonl                    # all, half an hour on one core; goes on where it stopped
     python scripts/zoo.py --only mpnet gpt2 --out few.jsonl
-    python scripts/zoo.py --table --out zoo.jsonl            # only print what was found
+    python scripts/zoo.py --wrong zoo.jsonl --out again.jsonl
+    python scripts/zoo.py --table --out zoo.jsonl            # only print what was found, by architecture and by cause
 
 For each architecture a base and a fine-tune, random, every float tensor changed, saved as transformers saves them:
 analyze's energies against float64; an adapter of full rank, without and with extras, which PEFT must load without
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import sys
+import zlib
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.append(str(ROOT.parent))  # after PYTHONPATH, so that the deltaspec of another checkout can be measured
 
 from zoo.catalogue import list_species  # noqa: E402
-from zoo.table import print_row, print_table  # noqa: E402
+from zoo.causes import print_causes  # noqa: E402
+from zoo.table import print_row, print_table, sum_up  # noqa: E402
 from zoo.worker import Worker  # noqa: E402
 
 
@@ -32,7 +35,7 @@ def main() -> None:
     arguments = _parse()
     rows = _read(arguments.out)
     if not arguments.table:
-        wanted = arguments.only or [name for name in list_species() if arguments.bodies or "/" not in name]
+        wanted = _choose(arguments)
         left = [name for name in wanted if name not in rows or arguments.only][: arguments.limit]
         worker = Worker(arguments.seconds)
         for name in left:
@@ -42,15 +45,28 @@ def main() -> None:
             print_row(row)
         worker.stop()
         rows = {name: rows[name] for name in wanted if name in rows}
-    print_table(list(rows.values()))
+    found = [rows[name] for name in sorted(rows)]
+    print_causes(found)
+    print_table(found)
+
+
+def _choose(arguments: argparse.Namespace) -> list[str]:
+    """Name what is to be examined, in an order by which whatever is done at a time is a sample of all."""
+    if arguments.only:
+        return list(arguments.only)
+    if arguments.wrong:
+        return [name for name, row in _read(arguments.wrong).items() if sum_up(row) == "WRONG"]
+    names = [name for name in list_species() if arguments.bodies or "/" not in name]
+    return sorted(names, key=lambda name: zlib.crc32(name.encode()))
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures, also if they are in the file")
+    parser.add_argument("--wrong", type=Path, metavar="FILE", help="those that are wrong in another file of results")
     parser.add_argument("--limit", type=int, help="at most so many")
     parser.add_argument("--out", type=Path, default=Path("zoo.jsonl"), help="results, one JSON line each")
-    parser.add_argument("--seconds", type=float, default=120, help="time limit of one architecture")
+    parser.add_argument("--seconds", type=float, default=180, help="time limit of one architecture")
     parser.add_argument("--bodies", action="store_true", help="also the bare bodies of those that have a head")
     parser.add_argument("--table", action="store_true", help="print what the file holds, examine nothing")
     return parser.parse_args()
