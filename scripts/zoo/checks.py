@@ -90,18 +90,31 @@ def check_extract(specimen: Specimen, extras: str) -> tuple[Verdict, Verdict]:
         return Verdict(REFUSED if code == 2 else WRONG, f"exit {code}: {said}"), Verdict(SKIPPED)
     report = read_json(adapter / "deltaspec.json")
     wrong, limits = _hold_against_peft(specimen, adapter, report)
+    whole, matrices = carried(specimen, wanted_tensors(specimen, report))
+    kept = report["totals"]["kept"]
+    if not math.isclose(kept, whole, abs_tol=1e-4):
+        wrong.append(f"says that it keeps {kept:.2%} of the change, and keeps {whole:.2%}")
     code, said = command("verify", specimen.base, specimen.tuned, adapter, "--quiet")
-    agreed = (code == 0) == (not wrong)
-    checked = (
-        Verdict(RIGHT)
-        if agreed
-        else Verdict(WRONG, f"exit {code} where PEFT is {'wrong' if wrong else 'right'}: {said}"[:300])
-    )
+    if (code == 0) == (not wrong):
+        checked = Verdict(RIGHT)
+    else:
+        checked = Verdict(WRONG, f"exit {code} where PEFT is {'wrong' if wrong else 'right'}: {said}"[:300])
     if wrong:
         return Verdict(WRONG, _few(wrong)), checked
-    share = report["totals"]["kept"]
-    reason = "; ".join(filter(None, [f"carries {share:.1%}" if share < 0.5 else "", *limits]))
-    return Verdict(RIGHT, reason), checked
+    little = [f"carries {matrices:.0%} of its matrices' change"] if matrices < 0.5 else []
+    return Verdict(RIGHT, "; ".join([*little, *limits])), checked
+
+
+def carried(specimen: Specimen, wanted: State) -> tuple[float, float]:
+    """Return which share of ‖Δ‖² a state has of the fine-tune's: of all float tensors, and of matrices."""
+    sums = {True: [0.0, 0.0], False: [0.0, 0.0]}
+    for name, tensor in specimen.stored.items():
+        if tensor.is_floating_point():
+            energy = float((specimen.changed[name].double() - tensor.double()).square().sum())
+            sums[tensor.ndim > 1][0] += energy
+            sums[tensor.ndim > 1][1] += 0.0 if wanted[name] is tensor else energy
+    total = sums[True][0] + sums[False][0]
+    return (sums[True][1] + sums[False][1]) / total, sums[True][1] / (sums[True][0] or 1.0)
 
 
 def _hold_against_peft(specimen: Specimen, adapter: Path, report: Any) -> tuple[list[str], list[str]]:

@@ -37,6 +37,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         counts = Counter(row["verdicts"][column][0] for row in rows if column in row["verdicts"])
         print(f"{column:18} {counts['right']:5} {counts['refused']:7} {counts['WRONG']:5} {counts['skipped']:4}")
     totals = Counter(sum_up(row) for row in rows)
+    little = [row["name"] for row in rows if sum_up(row) == "right" and "carries" in row["verdicts"]["all"][1]]
+    if little:
+        print(f"\nRight, and with all extras little carried ({len(little)}): {', '.join(little)}")
     print(f"\n{len(rows)} architectures: " + ", ".join(f"{count} {kind}" for kind, count in totals.most_common()) + ".")
 
 
