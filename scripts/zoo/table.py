@@ -40,7 +40,9 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     little = [row["name"] for row in rows if sum_up(row) == "right" and "carries" in row["verdicts"]["all"][1]]
     if little:
         print(f"\nRight, and with all extras little carried ({len(little)}): {', '.join(little)}")
+    built = sum(totals[kind] for kind in ("right", "refused", "WRONG"))
     print(f"\n{len(rows)} architectures: " + ", ".join(f"{count} {kind}" for kind, count in totals.most_common()) + ".")
+    print(f"Of {built} that were built, {totals['right'] / max(built, 1):.1%} are right in every check.")
 
 
 def sum_up(row: dict[str, Any]) -> str:
