@@ -1,9 +1,9 @@
 """Hold deltaspec against PEFT and float64 on a tiny random model of every architecture that transformers knows.
 
-    python scripts/zoo.py --out zoo.jsonl                    # all, half an hour on one core; goes on where it stopped
+    python scripts/zoo.py                     # all, half an hour of one core; goes on where it stopped
     python scripts/zoo.py --only mpnet gpt2 --out few.jsonl
-    python scripts/zoo.py --wrong zoo.jsonl --out again.jsonl
-    python scripts/zoo.py --table --out zoo.jsonl            # only print what was found, by architecture and by cause
+    python scripts/zoo.py --wrong runs/zoo.jsonl --out again.jsonl
+    python scripts/zoo.py --table             # only print what was found, by cause and by architecture
 
 For each architecture a base and a fine-tune, random, every float tensor changed, saved as transformers saves them:
 analyze's energies against float64; an adapter of full rank, without and with extras, which PEFT must load without
@@ -34,6 +34,7 @@ def main() -> None:
     """Examine what is not in the file yet, and print the table."""
     arguments = _parse()
     rows = _read(arguments.out)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
         wanted = _choose(arguments)
         left = [name for name in wanted if name not in rows or arguments.only][: arguments.limit]
@@ -65,7 +66,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these architectures, also if they are in the file")
     parser.add_argument("--wrong", type=Path, metavar="FILE", help="those that are wrong in another file of results")
     parser.add_argument("--limit", type=int, help="at most so many")
-    parser.add_argument("--out", type=Path, default=Path("zoo.jsonl"), help="results, one JSON line each")
+    parser.add_argument("--out", type=Path, default=Path("runs/zoo.jsonl"), help="results, one JSON line each")
     parser.add_argument("--seconds", type=float, default=180, help="time limit of one architecture")
     parser.add_argument("--bodies", action="store_true", help="also the bare bodies of those that have a head")
     parser.add_argument("--table", action="store_true", help="print what the file holds, examine nothing")
