@@ -9,23 +9,12 @@ from typing import Any
 
 import torch
 
+from .adapters import MAKERS
 from .build import NotBuilt, build
 from .catalogue import Species
 from .checks import Specimen, Verdict, check_analyze, check_extract, check_merge
 from .folders import read, write_pair
 from .inputs import repeats
-
-COLUMNS = (
-    "build",
-    "analyze",
-    "none",
-    "all",
-    "verify none",
-    "verify all",
-    "merge all-linear",
-    "merge leaves",
-    "merge experts",
-)
 
 
 def examine(species: Species) -> dict[str, Any]:
@@ -43,8 +32,6 @@ def examine(species: Species) -> dict[str, Any]:
 
 
 def _examine(species: Species, folder: Path, row: dict[str, Any]) -> dict[str, Verdict]:
-    from .adapters import MAKERS
-
     cls, (model, inputs) = species.model_class(), build(species)
     row["parameters"] = sum(p.numel() for p in model.parameters())
     try:

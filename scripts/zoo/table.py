@@ -29,7 +29,9 @@ def print_row(row: dict[str, Any]) -> None:
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Print all, then the totals."""
-    print(f"\n{'':34} " + " ".join(f"{column[-8:]:8}" for column in COLUMNS))
+    print("\nextract --extras none, all; verify of both; merge of adapters for all linear layers, some leaves, experts")
+    heads = ("analyze", "none", "all", "v none", "v all", "m linear", "m leaves", "m expert")
+    print(f"{'':34} " + " ".join(f"{head:8}" for head in heads))
     for row in rows:
         print_row(row)
     print(f"\n{'check':18} right refused WRONG    -")

@@ -60,8 +60,8 @@ class Worker:
     def examine(self, name: str) -> dict[str, Any]:
         """Return an architecture's row, or one that says how its process ended."""
         pipe = self._start()
-        pipe.send(name)
         try:
+            pipe.send(name)
             if pipe.poll(self.seconds):
                 row: dict[str, Any] = pipe.recv()
                 self._done += 1
@@ -69,7 +69,7 @@ class Worker:
                     self.stop()
                 return row
             reason = f"took longer than {self.seconds:g} s"
-        except EOFError:
+        except (EOFError, OSError):
             reason = "its process died"
         self.stop()
         return failed(name, reason)
