@@ -16,9 +16,8 @@ from scripts.zoo.examine import examine
 pytestmark = pytest.mark.filterwarnings("ignore")  # of models and PEFT; what PEFT says of missing keys is checked
 SAMPLE = (
     *("llama", "qwen3_moe", "deepseek_v3", "gpt_oss", "falcon", "electra", "clip", "deit", "convnext", "hubert"),
-    *("encodec", "glm4v"),
+    *("encodec", "glm4v", "mamba", "swin", "mpnet", "big_bird", "audio-spectrogram-transformer", "layoutlmv3"),
 )
-NOT_YET = ("mamba", "swin", "mpnet", "big_bird", "audio-spectrogram-transformer")  # each for a reason of its own
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +32,7 @@ def species():
     transformers.logging.enable_progress_bar()
 
 
-NOT = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="certified, and not what PEFT computes"))
-    for name in NOT_YET
-]
-
-
-@pytest.mark.parametrize("name", [*SAMPLE, *NOT])
+@pytest.mark.parametrize("name", SAMPLE)
 def test_right_or_refused(name, species):
     verdicts = examine(species[name])["verdicts"]
     assert verdicts["build"][0] == RIGHT
