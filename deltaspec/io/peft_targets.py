@@ -63,6 +63,11 @@ def make_targets(modules: Sequence[AdapterModule], layout: Layout) -> tuple[list
     given = {target.module.path for target in found}
     for target in [target for target in found if target.module.kind != "stack"]:
         uses = [use for use in layout.uses(target.module.path) if use[0] not in given]
+        if uses and target.module.read_bias:
+            refused[f"{target.sources[0]}.bias"] = f"its weight is tied to that of '{uses[0][0]}', and the bias is not"
+            found.remove(target)
+            target = replace(target, module=replace(target.module, read_bias=None))
+            found.append(target)
         found += [_of_use(target, *use) for use in uses]
         given |= {path for path, _ in uses}
         if layout.is_unread(target.module.path):

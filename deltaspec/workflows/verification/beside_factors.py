@@ -66,15 +66,26 @@ def _check_paired(trio: Trio, tensors: Tensors) -> list[CheckedTensor]:
     for vector in trio.adapted.vectors:
         name = vector.key.tensor
         if vector.scaling is None:
-            rows.append(CheckedTensor(name, "whole", _is_whole(tensors, vector.tuned, name)))
+            right = _is_whole(tensors, vector.tuned, name) or _is_left(trio, vector.base, vector.tuned, name)
+            rows.append(CheckedTensor(name, "whole", right))
         else:
-            rows.append(CheckedTensor(name, "bias", _same_bias(vectors.get(name), vector)))
+            left = trio.claims is not None and name in trio.claims.left and not bool(change_of(vector).any())
+            rows.append(CheckedTensor(name, "bias", left or _same_bias(vectors.get(name), vector)))
     for pair in trio.adapted.pairs:
         name = pair.key.tensor
         if isinstance(pair.tuned, MatrixSource) and name not in seen:
             seen.add(name)
-            rows.append(CheckedTensor(name, "whole", _is_whole(tensors, pair.tuned.spec, name)))
+            base = pair.base.spec if isinstance(pair.base, MatrixSource) else None
+            right = _is_whole(tensors, pair.tuned.spec, name) or _is_left(trio, base, pair.tuned.spec, name)
+            rows.append(CheckedTensor(name, "whole", right))
     return rows
+
+
+def _is_left(trio: Trio, base: TensorSpec | None, stored: TensorSpec, name: str) -> bool:
+    """Tell whether a tensor is the base's, stored whole with its module, and said not to be carried."""
+    if base is None or trio.claims is None or name not in trio.claims.left:
+        return False
+    return (base.shape, base.dtype) == (stored.shape, stored.dtype) and same_content(base, stored)
 
 
 def _check_claimed_whole(claims: Claims, trio: Trio, tensors: Tensors) -> tuple[list[CheckedTensor], list[str]]:

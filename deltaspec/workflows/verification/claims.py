@@ -20,11 +20,12 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What is claimed: of each matrix by its key, tensors stored whole, modules with their bias."""
+    """What is claimed: of each matrix by its key, tensors stored whole, modules with their bias; and what is not."""
 
     matrices: dict[str, Claim]
     whole: tuple[str, ...]
     biased: tuple[str, ...]
+    left: frozenset[str] = frozenset()
 
 
 def read_claims(adapter: AdapterIndex, tuned: Checkpoint | AdapterIndex) -> Claims | None:
@@ -45,7 +46,7 @@ def read_claims(adapter: AdapterIndex, tuned: Checkpoint | AdapterIndex) -> Clai
         matrices = {row["matrix"]: Claim(float(row["error"]), int(row["rank"])) for row in found["matrices"]}
         gone = {row["tensor"] for row in found["not_carried"]}
         biased = tuple(p for p, module in found["modules"].items() if module["bias"] and f"{p}.bias" not in gone)
-        return Claims(matrices, tuple(map(str, found["whole"])), biased)
+        return Claims(matrices, tuple(map(str, found["whole"])), biased, frozenset(gone))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as cause:
         message = f"Cannot read the claims in '{path}' ({cause}): extract the adapter again."
         raise CheckpointError(message) from cause

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from deltaspec.architecture.running_names import SHARED
 from deltaspec.io.matrix import read_low_rank
 from deltaspec.linalg.lowrank import svd_of_product
 from deltaspec.pairing.homes import factor_shape
@@ -28,9 +27,10 @@ def check_tied(trio: Trio, claims: Claims) -> tuple[list[str], list[str]]:
     """
     worse, missing, held = [], [], trio.adapter.modules
     for paths in _tied_paths(trio, claims):
-        there = [path for path in paths if path in held]
+        named = {path: f"{path}.weight" if f"{path}.weight" in held else path for path in paths}  # or as a parameter
+        there = [path for path in paths if named[path] in held]
         missing += [f"{path}.weight" for path in paths if path not in there] if there else []
-        worse += [f"{path}.weight" for path in there[1:] if not _alike(held[there[0]], held[path])]
+        worse += [f"{path}.weight" for path in there[1:] if not _alike(held[named[there[0]]], held[named[path]])]
     return worse, missing
 
 
@@ -48,8 +48,8 @@ def _tied_paths(trio: Trio, claims: Claims) -> list[list[str]]:
         claim = claims.matrices.get(str(module.pairs[0].key))
         if module.kind == "embedding" and claim and claim.rank:
             path = layout.place(module.path)[0].name.removesuffix(".weight")
-            uses = [use for use, _ in layout.uses(path) if layout.running.get(f"{use}.weight") not in claims.matrices]
-            found.append(uses if SHARED.fullmatch(path) else [path, *uses])
+            uses = [use for use in layout.holders(path) if layout.running.get(f"{use}.weight") not in claims.matrices]
+            found.append(uses if layout.is_unread(path) else [path, *(use for use in uses if use != path)])
     return [paths for paths in found if len(paths) > 1]
 
 
