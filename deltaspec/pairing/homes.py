@@ -10,7 +10,17 @@ from deltaspec.architecture.match import Identification
 from deltaspec.io.peft_layout import Layout
 from deltaspec.pairing.names import align_best
 from deltaspec.pairing.plan import Plan
-from deltaspec.types import AdapterIndex, LowRankSource, LowRankTerm, MatrixSource, Place, Shape, View, WeightPair
+from deltaspec.types import (
+    AdapterIndex,
+    KnownMatrix,
+    LowRankSource,
+    LowRankTerm,
+    MatrixSource,
+    Place,
+    Shape,
+    View,
+    WeightPair,
+)
 
 Homes = dict[str, list[tuple[str, Place]]]
 
@@ -128,13 +138,23 @@ def pair_factors(
     if shape != whole or len(experts) != max(term.experts, 1):
         return []
     pairs = []
-    for part in found:
+    for part in _in_parts(found, place, height):
         view = _view(part.view, place, height, turned=turned)
         if view:
             source = LowRankSource((term,), view)
             dense = MatrixSource(layout.base.tensors[name], part.view)
             pairs.append(WeightPair(part.key, view.shape, dense, source, part.guessed))
     return pairs
+
+
+def _in_parts(found: tuple[KnownMatrix, ...], place: Place, height: int) -> tuple[KnownMatrix, ...]:
+    """Cut out the rows that a place holds where no family says that they are a matrix of their own."""
+    (whole, *others), rows = found, height // place.parts
+    if place.expert is not None or place.parts == 1 or others:
+        return found
+    leaf = place.name.removesuffix(".weight").rpartition(".")[2]
+    view = replace(whole.view, shape=(rows, whole.view.shape[1]), start=place.part * rows, stop=(place.part + 1) * rows)
+    return (replace(whole, key=replace(whole.key, part=leaf, role=leaf), view=view),)
 
 
 def _view(view: View, place: Place, height: int, *, turned: bool) -> View | None:

@@ -88,6 +88,8 @@ def build_model(config: Config) -> tuple[nn.Module, str]:
                 return _build_transformers(_plain(config))
             if isinstance(config.get("_class_name"), str):
                 return _build_diffusers(_plain(config))
+            if isinstance(config.get("architecture"), str) and "pretrained_cfg" in config:
+                return _build_timm(_plain(config))
     except UnknownModelError:
         raise
     except Exception as cause:  # every model raises its own
@@ -184,3 +186,15 @@ def _build_diffusers(config: Config) -> tuple[nn.Module, str]:
     with torch.device("meta"), _NoInitialValues():
         model = cls.from_config(config)  # type: ignore[attr-defined]  # of every ModelMixin
     return model, f"diffusers {diffusers.__version__} {cls.__name__}"
+
+
+def _build_timm(config: Config) -> tuple[nn.Module, str]:
+    try:
+        timm = require("timm", extra="train")
+    except MissingPackageError as cause:
+        message = "timm is not installed"
+        raise UnknownModelError(message) from cause
+    arguments = {"num_classes": config.get("num_classes", 1000), **config.get("model_args", {})}
+    with torch.device("meta"), _NoInitialValues():
+        model: nn.Module = timm.create_model(config["architecture"], pretrained=False, **arguments)
+    return model, f"timm {timm.__version__} {config['architecture']}"
