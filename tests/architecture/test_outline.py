@@ -8,7 +8,7 @@ from torch import nn
 
 from deltaspec.architecture.outline.build import LARGEST, UnknownModelError, build_model
 from deltaspec.architecture.outline.find import find_outline, outline_of
-from deltaspec.architecture.outline.reads import READ, find_uses
+from deltaspec.architecture.outline.reads import ASIDE, ELSEWHERE, READ, find_uses
 from deltaspec.architecture.running_names import misfit, outline_checkpoint, place_by_table, place_tensors
 from deltaspec.types import Outline, Place
 
@@ -96,17 +96,17 @@ def outline() -> Outline:
         ("aliased", READ),
         ("guarded", ""),
         ("unknown", READ),
-        ("handed", "the model hands this module to other code, which may do more than call it"),
-        ("aside", "the model also keeps this module in a list of its own, where PEFT puts no wrapper"),
+        ("handed", ELSEWHERE),
+        ("aside", ASIDE),
         ("odd", ""),
         ("grouped", ""),
     ],
 )
 def test_modules_are_called_or_taken_apart(outline, path, refusal):
     holder = outline.holders[f"inner.{path}"]
-    assert (holder.refusal, holder.read) == (refusal, refusal == READ)
+    assert (holder.refusal, holder.read) == (refusal, refusal in (READ, ELSEWHERE, ASIDE))
     assert holder.wrapped == (path not in ("odd", "grouped"))
-    assert holder.typed == (path == "asked.0")
+    assert holder.typed == (path in ("asked.0", "aside"))
 
 
 def test_ties_are_parameters_that_are_one_and_an_embedding_that_nothing_calls_is_unread(outline):

@@ -118,7 +118,7 @@ def _plain(config: Config) -> Config:
     return {name: value for name, value in kept.items() if name not in DROPPED}
 
 
-def _value(value: Any) -> Any:
+def _value(value: object) -> object:
     """Return a value as transformers reads it: it writes infinity as {"__float__": "Infinity"}."""
     if isinstance(value, list):
         return [_value(item) for item in value]

@@ -16,7 +16,7 @@ from torch import nn
 
 # Methods that do not take part when the model computes: they make, load, tie, resize or describe it.
 APART = re.compile(
-    r"__init__|__repr__|extra_repr|post_init|_?(re)?set_.*|[gs]et_.*embeddings?|_?init_.*|_?reset_.*|_?tie_.*|"
+    r"__init__|__repr__|extra_repr|post_init|_?(re)?set_.*|[gs]et_.*embeddings?|_?init_.*|.*init_weights?.*|_?reset_.*|_?tie_.*|"
     r"_?resize_.*|_?load_.*|_?prune_.*|_?freeze_.*|_?backward_.*|gradient_.*|enable_.*|disable_.*|fuse_.*|unfuse_.*"
 )
 OUTSIDE = re.compile(r"(transformers\.(modeling_utils|generation|utils|integrations)|peft|accelerate)\b")
