@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -137,15 +138,21 @@ def apart(threads: int, *args: object) -> None:
     """Train in a process of its own; side by side with one thread each, trainings take less than one with all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    child = context.Process(target=train_with, args=(threads, *args))
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=train_with, args=(send, threads, *args))
     child.start()
+    send.close()
+    try:  # the exit code is not to be believed: two threads that wait for a fork server may be told 255 by mistake
+        done = receive.recv()
+    except EOFError:
+        done = False
     child.join()
-    if child.exitcode:
+    if not done:
         sys.exit("A training failed; give the same command again when its cause is gone, and it goes on from here.")
 
 
-def train_with(threads: int, base: str, out: Path, recipe: Recipe) -> None:
-    """Train with so many threads."""
+def train_with(done: Connection, threads: int, base: str, out: Path, recipe: Recipe) -> None:
+    """Train with so many threads, and say when it is done."""
     import torch
 
     torch.set_num_threads(threads)
@@ -153,6 +160,7 @@ def train_with(threads: int, base: str, out: Path, recipe: Recipe) -> None:
         deltaspec.train(base, out, recipe)
     except deltaspec.DeltaspecError as error:
         sys.exit(f"Error: {error}")
+    done.send(True)  # noqa: FBT003
 
 
 def follow(options: argparse.Namespace) -> None:
