@@ -77,6 +77,14 @@ class Outer(nn.Module):
         return self.inner(self.tokens(ids))
 
 
+@pytest.fixture
+def library():
+    """Skip where the library is not installed."""
+    import transformers
+
+    return transformers
+
+
 @pytest.fixture(scope="module")
 def outline() -> Outline:
     """Outline the two classes above."""
@@ -120,6 +128,7 @@ def test_torchs_own_attention_reads_its_output_layer():
     assert uses.taken["0.out_proj"] == READ
 
 
+@pytest.mark.usefixtures("library")
 def test_every_stored_tensor_is_placed_by_the_librarys_own_table():
     """Experts one by one become blocks of a stack, gate before up; a tower's prefix changes."""
     config = {**LLAMA, "model_type": "phimoe", "architectures": ["PhimoeForCausalLM"], "num_local_experts": 2}
@@ -141,6 +150,7 @@ def test_every_stored_tensor_is_placed_by_the_librarys_own_table():
     ]
 
 
+@pytest.mark.usefixtures("library")
 def test_what_loading_rearranges_is_said_to_be_moved_and_fits_nothing():
     config = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"], **SIZES}
     outline = find_outline(config)
@@ -153,6 +163,7 @@ def test_what_loading_rearranges_is_said_to_be_moved_and_fits_nothing():
     assert misfit((Place("model.norm.weight"),), (16,), outline) == ""
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
     ("config", "why"),
     [
@@ -171,11 +182,13 @@ def test_a_config_that_makes_no_model_says_why(config, why):
     assert why in found
 
 
+@pytest.mark.usefixtures("library")
 def test_code_that_comes_with_a_model_is_not_run():
     with pytest.raises(UnknownModelError, match="does not know model_type 'mine'"):
         build_model({"model_type": "mine", "auto_map": {"AutoModel": "evil--evil.Model"}})
 
 
+@pytest.mark.usefixtures("library")
 def test_a_config_of_other_tensors_is_not_believed():
     there = {f"model.layers.{i}.self_attn.o_proj.weight": (16, 16) for i in range(2)}
     assert isinstance(outline_checkpoint(there, LLAMA), Outline)
