@@ -12,6 +12,7 @@ from deltaspec.errors import CheckpointError
 WRAPPER = re.compile(r"(?<![^.])_\w*mod(?:ule)?\.")
 # Left by an adapter that was merged and not unloaded; before factors it counts the nesting of PEFT's parameters.
 LAYER = re.compile(r"(?:\.base_layer)+(?!\.(?:base_layer|lora_))(?=\.)")
+SAVED = re.compile(r"(?<![^.])(?:original_module|modules_to_save\.default)\.")  # PEFT's, in a whole model's state
 LEADING = ("module.", "base_model.model.")  # DDP's, DataParallel's and DeepSpeed's; PEFT's
 
 
@@ -40,7 +41,7 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     >>> canonical_names(["module._orig_mod.layers.0._fsdp_wrapped_module.q_proj.base_layer.weight"])
     {'module._orig_mod.layers.0._fsdp_wrapped_module.q_proj.base_layer.weight': 'layers.0.q_proj.weight'}
     """
-    found = {name: LAYER.sub("", WRAPPER.sub("", name)) for name in names}
+    found = {name: SAVED.sub("", LAYER.sub("", WRAPPER.sub("", name))) for name in names}
     while prefix := next((p for p in LEADING if found and all(_follows(n, p) for n in found.values())), ""):
         found = {name: bare.removeprefix(prefix) for name, bare in found.items()}
     seen: dict[str, str] = {}

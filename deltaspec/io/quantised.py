@@ -179,7 +179,8 @@ def _check_plain(plain: list[TensorSpec], tensors: Tensors, told: Quantisation, 
 def _check_leftovers(spec: TensorSpec, tensors: Tensors) -> None:
     """Refuse a tensor that is not quantised, or no longer, beside a scale of its own."""
     module, dot, leaf = spec.name.rpartition(".")
-    left = [scale for scale in (f"{spec.name}_scale_inv", f"{module}{dot}scale_weight") if scale in tensors]
+    names = (f"{spec.name}_scale_inv", f"{spec.name}_scale", f"{module}{dot}scale_weight")
+    left = [scale for scale in names if scale in tensors]
     if left and leaf == "weight":
         message = (
             f"Cannot use '{spec.name}' in '{spec.file}': it is stored as {spec.dtype} beside its scale '{left[0]}', "
@@ -191,12 +192,17 @@ def _check_leftovers(spec: TensorSpec, tensors: Tensors) -> None:
 def _find_hint(plain: list[TensorSpec], tensors: Tensors) -> str:
     """Name a tensor that may scale one of these though its name is not known: by where it lies, or by its dtype."""
     modules = {module for spec in plain for module in (spec.name, spec.name.rpartition(".")[0])}
+    beside = tuple(f"{module}_" for module in modules if module)  # q_proj_scale beside q_proj.weight
     return next(
         (
             name
             for name, spec in tensors.items()
             if spec.dtype == "F8_E8M0"
-            or (HINT.search(_leaf(name)) and name.rpartition(".")[0] in modules and not ACTIVATIONS.fullmatch(name))
+            or (
+                HINT.search(_leaf(name))
+                and (name.rpartition(".")[0] in modules or name.startswith(beside))
+                and not ACTIVATIONS.fullmatch(name)
+            )
         ),
         "",
     )

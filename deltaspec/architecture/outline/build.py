@@ -15,9 +15,12 @@ from deltaspec.errors import MissingPackageError, require
 from deltaspec.types import Config
 
 # What a config may ask for, which is untrusted: of layers or experts, each of which is a module; of anything else.
-LARGEST, LARGEST_SIZE = 4096, 10**8
-# What would fetch something, or choose how to run what is never run.
-DROPPED = {"quantization_config", "_attn_implementation", "_attn_implementation_internal", "attn_implementation"}
+LARGEST, LARGEST_SIZE, LARGEST_LIST = 4096, 10**8, 20_000
+# What would fetch or open something, or choose how to run what is never run.
+DROPPED = {
+    *("quantization_config", "_attn_implementation", "_attn_implementation_internal", "attn_implementation"),
+    *("model_args", "model_kwargs", "checkpoint_path", "pretrained_cfg_overlay"),
+}
 
 
 class UnknownModelError(Exception):
@@ -82,6 +85,9 @@ def build_model(config: Config) -> tuple[nn.Module, str]:
         If no library is installed that knows it.
     """
     _refuse_giants(config)
+    if ":" in str(config.get("architecture", "")) or "/" in str(config.get("architecture", "")):
+        message = "its config names a file or another model for an architecture"
+        raise UnknownModelError(message)
     try:
         with _without_network():
             if isinstance(config.get("model_type"), str):
@@ -101,14 +107,32 @@ def build_model(config: Config) -> tuple[nn.Module, str]:
 
 
 def _refuse_giants(config: Config) -> None:
+    if len(config) > LARGEST_LIST:
+        message = "its config has more entries than a model needs"
+        raise UnknownModelError(message)
     for name, value in config.items():
         if isinstance(value, dict):
             _refuse_giants(value)
+        _refuse_lists(name, value)
         counts = any(word in name for word in ("layer", "expert", "depth", "block", "stage"))
         limit = LARGEST if counts and not name.endswith(("_size", "_id")) else LARGEST_SIZE
+        limit = LARGEST_LIST if name == "num_labels" else limit  # each label gets a name
         if type(value) is int and value > limit:
             message = f"its config asks for {value} as {name}"
             raise UnknownModelError(message)
+
+
+def _refuse_lists(name: str, value: object) -> None:
+    """Refuse long lists, and lists of stages with more blocks than one model has."""
+    if not isinstance(value, list):
+        return
+    blocks = sum(item for item in value if type(item) is int) if "depth" in name or "layers" in name else 0
+    if len(value) > LARGEST_LIST or blocks > LARGEST:
+        message = f"its config asks for {blocks or len(value)} by {name}"
+        raise UnknownModelError(message)
+    for item in value:
+        if isinstance(item, dict):
+            _refuse_giants(item)
 
 
 def _plain(config: Config) -> Config:
@@ -194,7 +218,8 @@ def _build_timm(config: Config) -> tuple[nn.Module, str]:
     except MissingPackageError as cause:
         message = "timm is not installed"
         raise UnknownModelError(message) from cause
-    arguments = {"num_classes": config.get("num_classes", 1000), **config.get("model_args", {})}
     with torch.device("meta"), _NoInitialValues():
-        model: nn.Module = timm.create_model(config["architecture"], pretrained=False, **arguments)
+        model: nn.Module = timm.create_model(
+            config["architecture"], pretrained=False, num_classes=config.get("num_classes", 1000)
+        )
     return model, f"timm {timm.__version__} {config['architecture']}"

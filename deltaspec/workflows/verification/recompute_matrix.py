@@ -61,6 +61,9 @@ def recompute_matrix(check: Check, device: torch.device) -> CheckedMatrix:
     """
     pair, factors = check.pair, read_factors(check)
     factors = LowRankDelta(factors.lora_A.to(device), factors.lora_B.to(device))
+    if not bool(torch.isfinite(factors.lora_A).all() and torch.isfinite(factors.lora_B).all()):
+        message = f"Cannot verify '{pair.key}': its factors hold NaN or infinity; extract or train the adapter again."
+        raise NumericalError(message)
     own = svd_of_product(factors.lora_B, factors.lora_A)[1]
     rank = int((own > own[:1] * max(pair.shape) * torch.finfo(torch.float64).eps).sum()) if own.numel() else 0
     try:
