@@ -113,8 +113,12 @@ class LayoutOfOutline(Layout):
             return self._outline.unloadable
         if name not in self._outline.shapes:
             return f"{self.checked} has no module of this name"
-        if name not in (path, f"{path}.weight") and self._outline.keeps(path):
-            return f"in {self.checked} it is called '{module}', and PEFT does not rename it"
+        place = self.place(path)[0]
+        if self._outline.takes_experts and (place.expert is not None or module.endswith((".gate", ".router"))):
+            return ""
+        looked_for = self._outline.in_peft(path)
+        if looked_for not in (name, module):
+            return f"in {self.checked} it is called '{module}', and PEFT looks for '{looked_for}'"
         holder = self._holder(module)
         if not holder.refusal and not as_parameter and not holder.wrapped and module != name:
             return f"a {holder.name}, for which PEFT has no LoRA"
@@ -146,7 +150,7 @@ class LayoutOfOutline(Layout):
             return "a stack of one expert stored as (d_in, d_out) has no layout in PEFT"
         if not stack and not holder.wrapped and axes != 2:
             return f"a {holder.name}, for which PEFT has no LoRA"
-        if not self._outline.keeps(path):
+        if self._outline.in_peft(path) != path:
             return "PEFT renames it on loading, and then does not find it"
         tied = [use for use, _ in self.uses(path) if self._holder(use).refusal]
         return f"it is tied to '{tied[0]}': {self._holder(tied[0]).refusal}" if tied else ""

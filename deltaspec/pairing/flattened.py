@@ -92,10 +92,12 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> Ad
         whole = [max(components, key=lambda name: (held[name], len(found[name])))]
         if len(found[whole[0]]) < len(components[whole[0]]):
             raise _lacking(_first_unheld(whole[0], components[whole[0]], found[whole[0]], base), base)
-    out = [f"{name} ({len(components[name])} modules)" for name in components if name not in whole]
+    absent = [name for name in components if name not in whole]
+    out = [f"{name} ({len(components[name])} modules)" for name in absent]
     for name in out:
         plan.note(f"the adapter's {name} stays out: it is of another model than {base.ref}, or of another layout")
-    if out and _holds_more(base, {name: found[name] for name in whole}):
+    beside = _count_beside(base, {name: found[name] for name in whole})
+    if any(len(components[name]) <= beside for name in absent):
         message = (
             f"The adapter's {' and '.join(out)} {'has' if len(out) == 1 else 'have'} no place in {base.ref}, which has "
             f"its {' and '.join(whole)}: of another model, or in another layout; say which is meant, with --component "
@@ -107,10 +109,10 @@ def resolve_flattened(adapter: AdapterIndex, base: Checkpoint, plan: Plan) -> Ad
     return replace(adapter, modules=modules)
 
 
-def _holds_more(base: Checkpoint, found: dict[str, dict[str, str]]) -> bool:
-    """Tell whether a base has matrices beside the towers of these components: those of the others may be among them."""
+def _count_beside(base: Checkpoint, found: dict[str, dict[str, str]]) -> int:
+    """Count a base's matrices beside the towers of these components: another component may be among them."""
     towers = {path[: max(0, len(path) - len(name))] for paths in found.values() for name, path in paths.items()}
-    return any(len(spec.shape) > 1 and not name.startswith(tuple(towers)) for name, spec in base.tensors.items())
+    return sum(len(spec.shape) > 1 and not name.startswith(tuple(towers)) for name, spec in base.tensors.items())
 
 
 def _list_components(adapter: AdapterIndex) -> dict[str, Component]:

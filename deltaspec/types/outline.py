@@ -81,8 +81,11 @@ class Outline:
         Why PEFT can load no adapter of this class at all; "" if it can.
     tie_matters : bool
         Whether its code computes otherwise where its config says that head and embedding are two.
-    keeps : callable
-        Tells whether PEFT, which renames an adapter's keys as the library renames tensors, leaves a module's path.
+    in_peft : callable
+        A module's path in an adapter → the path under which PEFT, which renames keys as the library renames tensors,
+        looks for it.
+    takes_experts : bool
+        Whether PEFT turns factors of single experts and of routers into those of parameters.
     """
 
     source: str
@@ -91,9 +94,10 @@ class Outline:
     ties: tuple[frozenset[str], ...]
     unread: frozenset[str]
     place: Placer
-    keeps: Callable[[str], bool]
+    in_peft: Callable[[str], str]
     unloadable: str = ""
     tie_matters: bool = False
+    takes_experts: bool = False
 
     def tied_with(self, name: str) -> frozenset[str]:
         """Return the parameters that are one tensor with this one, itself among them."""

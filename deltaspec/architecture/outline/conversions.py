@@ -34,20 +34,22 @@ class Conversions:
         kind = getattr(model.config, "model_type", None)
         known: Any = conversion_mapping
         self._in_peft = known.get_checkpoint_conversion_mapping(kind) is not None
+        shared = {"mixtral": "mixtral", **getattr(known, "_MODEL_TO_CONVERSION_PATTERN", {})}
+        # PEFT 0.21 turns experts' and routers' older names into parameters for models that share these two tables.
+        self.takes_experts = shared.get(kind) in ("mixtral", "qwen2_moe")
 
     def place(self, names: Iterable[str]) -> Mapping[str, tuple[Place, ...]]:
         """Say where stored tensors go; a name that goes nowhere keeps it."""
         return {name: self._placed.get(name) or self._placed.setdefault(name, self._place(name)) for name in names}
 
-    def keeps(self, path: str) -> bool:
-        """Tell whether PEFT finds factors of a module under its own path: it renames keys before it looks for them.
+    def renamed(self, path: str) -> str:
+        """Return the path under which PEFT looks for factors of this one: it renames keys before it looks for them.
 
         It does so for models whose type has conversions, with these conversions (PEFT 0.21).
         """
         if not self._in_peft:
-            return True
-        name = f"{path}.{ADAPTED}"
-        return self._rename(name, self._renamings, [])[0] == name
+            return path
+        return self._rename(f"{path}.{ADAPTED}", self._renamings, [])[0].removesuffix(f".{ADAPTED}")
 
     def _place(self, name: str) -> tuple[Place, ...]:
         found, pattern = self._rename(name, self._renamings, self._converters, self._prefix, self._state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -59,10 +60,11 @@ def outline_of(model: nn.Module, source: str) -> Outline:
     unread = frozenset(path for path in tied - uses.named if isinstance(model.get_submodule(path), nn.Embedding))
     holders = describe_holders(model, uses)
     if not source.startswith("transformers"):
-        return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, bool)
+        return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, str)
     made = Conversions(model)
     matters = "tie_word_embeddings" in uses.asked
-    return Outline(source, shapes, holders, ties, unread, made.place, made.keeps, _why_unloadable(model), matters)
+    whole = Outline(source, shapes, holders, ties, unread, made.place, made.renamed, _why_unloadable(model), matters)
+    return replace(whole, takes_experts=made.takes_experts)
 
 
 def _why_unloadable(model: Any) -> str:
