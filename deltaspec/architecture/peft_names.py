@@ -97,13 +97,13 @@ def list_unloaded(adapter: AdapterIndex) -> list[str]:
         One sentence's worth for each, empty where the config covers all.
     """
     config = adapter.config
-    gone = [path for path in adapter.modules if not _is_loaded(path, config)]
+    gone = [path for path in adapter.modules if not is_loaded(path, config)]
     saved = list_names(config.get("modules_to_save"))
     gone += [name for name in adapter.full if not is_saved(name, saved)]
     return [f"adapter_config.json leaves out '{path}'" for path in gone]
 
 
-def _is_loaded(path: str, config: Config) -> bool:
+def is_loaded(path: str, config: Config) -> bool:
     """Tell whether PEFT gives a module factors: a listed parameter, or a target that nothing takes away."""
     if ends_in(path, list_names(config.get("target_parameters"))):
         return True

@@ -173,6 +173,10 @@ def test_what_loading_rearranges_is_said_to_be_moved_and_fits_nothing():
         ({**LLAMA, "architectures": ["NoSuchModel"]}, "has no class 'NoSuchModel'"),
         ({**LLAMA, "num_hidden_layers": LARGEST + 1}, f"its config asks for {LARGEST + 1} as num_hidden_layers"),
         ({**LLAMA, "num_attention_heads": 0}, "its config makes no model"),
+        ({"model_type": "swin", "depths": [3_000_000], "num_heads": [2]}, "its config asks for 3000000 by depths"),
+        ({**LLAMA, "num_labels": 30_000_000}, "its config asks for 30000000 as num_labels"),
+        ({**LLAMA, "conv_dim": [1] * 30_000}, "its config asks for 30000 by conv_dim"),
+        ({"architecture": "local-dir:/tmp/x", "pretrained_cfg": {}}, "names a file or another model"),
         ({**LLAMA, "hidden_size": object()}, "its config holds what is no JSON"),
     ],
 )

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import deltaspec
-from deltaspec.errors import PairingError
+from deltaspec.errors import NumericalError, PairingError
 from deltaspec.options import ExtractOptions, FormOptions, RankOptions
 from deltaspec.workflows.merging.merge import merge
 from deltaspec.workflows.verification.verify import verify
@@ -132,3 +132,38 @@ def test_where_the_model_is_not_known_that_is_said(tmp_path):
     assert report["attachment"] == why
     assert why in (tmp_path / "lora" / "README.md").read_text()
     assert verify(base, tuned, tmp_path / "lora").attachment == why
+
+
+def test_factors_that_the_adapters_own_config_leaves_out_are_not_certified(tmp_path):
+    """PEFT loads what target_modules lists, whatever else the file holds."""
+    cls = transformers.LlamaForCausalLM
+    base, tuned = tune(tmp_path, cls, **SIZES)
+    extract(tmp_path, base, tuned)
+    path = tmp_path / "lora" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    kept = [name for name in config["target_modules"] if "q_proj" not in name]
+    path.write_text(json.dumps({**config, "target_modules": kept}))
+    found = verify(base, tuned, tmp_path / "lora").unattached
+    assert [said.partition(" ")[0] for said in found] == [
+        f"'model.layers.{i}.self_attn.q_proj'" for i in range(SIZES["num_hidden_layers"])
+    ]
+    before = cls.from_pretrained(base).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = (
+            peft.PeftModel.from_pretrained(cls.from_pretrained(base), tmp_path / "lora").merge_and_unload().state_dict()
+        )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(state[name], before[name])
+
+
+def test_factors_that_hold_nan_are_one_sentence(tmp_path):
+    base, tuned = tune(tmp_path, transformers.LlamaForCausalLM, **SIZES)
+    extract(tmp_path, base, tuned)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    state = load_file(file)
+    name = next(name for name in state if "q_proj.lora_A" in name)
+    state[name][0, 0] = float("nan")
+    save_file(state, file)
+    with pytest.raises(NumericalError, match="its factors hold NaN or infinity"):
+        verify(base, tuned, tmp_path / "lora")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from deltaspec.errors import MismatchError, PairingError
-from deltaspec.io.attachment import find_unattached
+from deltaspec.io.attachment import LEFT_OUT, find_unattached
 from deltaspec.io.content import same_content
 from deltaspec.io.intact import refuse_partial
 from deltaspec.io.lay_out import lay_out
@@ -78,7 +78,7 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
 def _check_attachment(changes: TensorChanges, adapter: AdapterIndex, layout: Layout) -> None:
     """Refuse factors that do nothing while the adapter runs, and note those of which that is not certain."""
     for path, reason in find_unattached(adapter, layout).items():
-        if path in adapter.modules and layout.is_read(path):
+        if path in adapter.modules and reason != LEFT_OUT and layout.is_read(path):
             message = (
                 f"Cannot merge {adapter.ref}: its factors of '{path}' do nothing where PEFT runs it ({reason}), and a "
                 "merged weight would; take them out of the adapter, and of its target_modules."
