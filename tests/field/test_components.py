@@ -171,3 +171,15 @@ def test_two_files_of_components_are_compared_component_by_component(tmp_path):
         options = deltaspec.AnalyzeOptions(pairing=deltaspec.PairOptions(component=component))
         run = deltaspec.analyze(one, two, tmp_path / f"r{component}", options=options)
         assert len(run.records) == sum(len(found) for name, found in shapes.items() if component in (name, ""))
+
+
+def test_a_component_that_the_base_may_hold_under_other_names_is_not_left_out(tmp_path):
+    """One file with all towers, its UNet in the original naming: merging the text encoder alone is to be asked for."""
+    te = text_encoder(1, 8)
+    unet = {f"model.diffusion_model.input_blocks.4.1.attn{n}.to_{r}.weight": (16, 16) for n in (1, 2) for r in "qkv"}
+    shapes = {**unet, **{f"cond_stage_model.transformer.{name}": shape for name, shape in te.items()}}
+    save_file(random_state(shapes), tmp_path / "base.safetensors")
+    factors = kohya("unet", UNET)[0] | kohya("te", te)[0]
+    save_file(factors, tmp_path / "lora.safetensors")
+    with pytest.raises(PairingError, match=r"unet \(6 modules\) has no place in .*--component te"):
+        deltaspec.merge(tmp_path / "base.safetensors", [tmp_path / "lora.safetensors"], tmp_path / "out.safetensors")
