@@ -93,6 +93,11 @@ class LayoutOfOutline(Layout):
         """Return the parameters that are one tensor with this one."""
         return self._outline.tied_with(name)
 
+    def list_unstored(self) -> list[str]:
+        """List the model's parameters that the base does not store."""
+        trained = self._outline.shapes.keys() - self._outline.buffers - self.running.keys()
+        return sorted(name for name in trained if not self._outline.tied_with(name) & self.running.keys())
+
     def lacks(self, name: str) -> bool:
         """Tell whether the model has no parameter of this name."""
         return name not in self._outline.shapes

@@ -91,6 +91,10 @@ class Layout(ABC):
         """Whether it is known what factors will do, and by what, in words."""
         return f"checked with {self.checked}" if self.checked else f"not checked ({self.unchecked})"
 
+    def list_unstored(self) -> list[str]:
+        """List the model's parameters that the base stores under no name, so that the library draws them at random."""
+        return []
+
     def lacks(self, name: str) -> bool:
         """Tell whether the model has no parameter of this full name, as far as that is known."""
         del name

@@ -71,6 +71,8 @@ class Outline:
         Every parameter and buffer by its full name.
     holders : mapping
         Module path → what it is.
+    buffers : frozenset of str
+        Those of ``shapes`` that are not trained.
     ties : tuple of frozenset
         Parameters that are one tensor.
     unread : frozenset of str
@@ -91,6 +93,7 @@ class Outline:
     source: str
     shapes: Mapping[str, Shape]
     holders: Mapping[str, Holder]
+    buffers: frozenset[str]
     ties: tuple[frozenset[str], ...]
     unread: frozenset[str]
     place: Placer

@@ -167,3 +167,25 @@ def test_factors_that_hold_nan_are_one_sentence(tmp_path):
     save_file(state, file)
     with pytest.raises(NumericalError, match="its factors hold NaN or infinity"):
         verify(base, tuned, tmp_path / "lora")
+
+
+def test_what_the_base_lacks_is_said_or_refused(tmp_path):
+    """A head that is neither stored nor tied is drawn at random on loading; a block that is not there gets nothing."""
+    cls = transformers.LlamaForCausalLM
+    base, tuned = tune(tmp_path, cls, **SIZES)
+    extract(tmp_path, base, tuned)
+    state = load_file(base / "model.safetensors")
+    headless = tmp_path / "headless"
+    headless.mkdir()
+    save_file({name: w for name, w in state.items() if name != "lm_head.weight"}, headless / "model.safetensors")
+    (headless / "config.json").write_text((base / "config.json").read_text())
+    lora = tmp_path / "q"
+    model = peft.get_peft_model(cls.from_pretrained(base), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(lora)
+    notes = merge(headless, [lora], tmp_path / "merged").notes
+    assert any("stores no 'lm_head.weight'" in note and "at random" in note for note in notes)
+    file = lora / "adapter_model.safetensors"
+    beyond = {"base_model.model.model.layers.7.input_layernorm.weight": torch.ones(16)}
+    save_file({**load_file(file), **beyond}, file)
+    with pytest.raises(PairingError, match="layers.7.input_layernorm.weight', which transformers .* does not have"):
+        merge(base, [lora], tmp_path / "other")

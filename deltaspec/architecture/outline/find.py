@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -54,17 +55,23 @@ def outline_of(model: nn.Module, source: str) -> Outline:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         same[id(parameter)].add(name)
         shapes[name] = tuple(parameter.shape)
-    shapes |= {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers()}
+    shapes |= buffers
     ties = tuple(frozenset(names) for names in same.values() if len(names) > 1)
     tied = {name.rpartition(".")[0] for names in ties for name in names}
     unread = frozenset(path for path in tied - uses.named if isinstance(model.get_submodule(path), nn.Embedding))
     holders = describe_holders(model, uses)
+    outline = Outline(source, shapes, holders, frozenset(buffers), ties, unread, _as_named, str)
     if not source.startswith("transformers"):
-        return Outline(source, shapes, holders, ties, unread, lambda names: {n: (Place(n),) for n in names}, str)
-    made = Conversions(model)
-    matters = "tie_word_embeddings" in uses.asked
-    whole = Outline(source, shapes, holders, ties, unread, made.place, made.renamed, _why_unloadable(model), matters)
-    return replace(whole, takes_experts=made.takes_experts)
+        return outline
+    made, matters = Conversions(model), "tie_word_embeddings" in uses.asked
+    outline = replace(outline, place=made.place, in_peft=made.renamed, takes_experts=made.takes_experts)
+    return replace(outline, unloadable=_why_unloadable(model), tie_matters=matters)
+
+
+def _as_named(names: Iterable[str]) -> dict[str, tuple[Place, ...]]:
+    """Place every tensor under its own name."""
+    return {name: (Place(name),) for name in names}
 
 
 def _why_unloadable(model: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,6 +33,8 @@ from deltaspec.workflows.merging.grown import in_base, with_grown_rows
 from deltaspec.workflows.merging.tensor_changes import Part, TensorChange, TensorChanges
 from deltaspec.workflows.merging.ties import settle_ties
 
+BLOCK = re.compile(r"\.[0-9]+\.")
+
 
 @dataclass(frozen=True, slots=True)
 class _Added:
@@ -60,6 +63,9 @@ def collect_changes(base: Checkpoint, adapters: Sequence[tuple[AdapterIndex, flo
         If one stores a tensor empty, or as integers, that the base has whole.
     """
     changes, layout = TensorChanges(), lay_out(base)
+    if unstored := layout.list_unstored():
+        more = f" and {len(unstored) - 1} more" if len(unstored) > 1 else ""
+        changes.note(f"{base.ref} stores no '{unstored[0]}'{more}: {layout.checked} draws it at random on loading")
     for adapter, weight in adapters:
         refuse_partial(base, adapter)
         seen, grown = with_grown_rows(base, adapter)
@@ -122,6 +128,7 @@ def _add(changes: TensorChanges, added: _Added, base: Checkpoint) -> None:
         if term is not None:
             _replace_beside(changes, spec, term, added)
         elif spec not in added.used and name not in base.tensors:
+            _refuse_other_block(name, adapter, base)
             _add_new(changes, name, spec, adapter=adapter)
 
 
@@ -215,6 +222,17 @@ def _note_skipped(changes: TensorChanges, note: Note, adapter: AdapterIndex) -> 
         raise PairingError(message)
     if note.tensor not in adapter.full:
         changes.note(f"'{note.tensor}' is left out: {note}")
+
+
+def _refuse_other_block(name: str, adapter: AdapterIndex, base: Checkpoint) -> None:
+    """Refuse a tensor of a block that the model does not have; a head may be new."""
+    layout = lay_out(base)
+    if BLOCK.search(name) and layout.lacks(name):
+        message = (
+            f"Cannot merge {adapter.ref}: it brings '{name}', which {layout.checked} does not have. "
+            f"{advise_base(base, adapter)}"
+        )
+        raise PairingError(message)
 
 
 def _add_new(changes: TensorChanges, name: str, spec: TensorSpec, *, adapter: AdapterIndex) -> None:
