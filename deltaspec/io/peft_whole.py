@@ -86,12 +86,7 @@ def _held(path: str, given: dict[str, Entry], layout: Layout) -> list[str]:
     """List the parameters of a module and of what it holds that are given, or that the base stores."""
     inside = {name for name in (*layout.parameters(), *given) if name.startswith(f"{path}.") or name in given}
     own = {name for name in inside if name.rpartition(".")[0] == path or (path and name.startswith(f"{path}."))}
-    return sorted(name for name in own if name in given or _is_held(_stored(name, layout), layout))
-
-
-def _is_held(stored: str, layout: Layout) -> bool:
-    """Tell whether the base has a tensor, and more than none of its elements."""
-    return bool(stored) and 0 not in layout.base.tensors[stored].shape
+    return sorted(name for name in own if name in given or _stored(name, layout))
 
 
 def _stored(name: str, layout: Layout) -> str:
