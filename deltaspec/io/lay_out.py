@@ -69,10 +69,6 @@ class _AsAdaptersSay(Layout):
         del module
         return ""
 
-    def kind(self, module: AdapterModule, name: str) -> str:
-        del name
-        return module.kind
-
     def swaps(self, stored: str, *, transposed: bool, stack: bool) -> bool:
         del stored
         return stack and transposed

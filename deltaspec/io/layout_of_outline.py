@@ -78,9 +78,8 @@ class LayoutOfOutline(Layout):
         place = self.place(stored)[0]
         path = place.name.removesuffix(".weight")
         if not stack:
-            return self._holder(path).kind in ("linear", "conv1d") and transposed != (
-                self._holder(path).kind == "conv1d"
-            )
+            kind = self._holder(path).kind
+            return kind in ("linear", "conv1d") and transposed != (kind == "conv1d")
         spec, held = self.base.tensors.get(stored), self._outline.shapes.get(place.name, ())
         exchanged = place.expert is None and spec is not None and is_turned(spec.shape, held)
         return (transposed != exchanged) != self._holder(place.name.rpartition(".")[0]).turned
@@ -112,13 +111,12 @@ class LayoutOfOutline(Layout):
 
     def unattached(self, path: str, *, as_parameter: bool = False) -> str:
         """Say why factors under a path would not change what it names."""
-        name = self.place(path)[0].name
-        module = name.removesuffix(".weight")
+        place = self.place(path)[0]
+        name, module = place.name, place.name.removesuffix(".weight")
         if self._outline.unloadable:
             return self._outline.unloadable
         if name not in self._outline.shapes:
             return f"{self.checked} has no module of this name"
-        place = self.place(path)[0]
         if self._outline.takes_experts and (place.expert is not None or module.endswith((".gate", ".router"))):
             return ""
         looked_for = self._outline.in_peft(path)

@@ -82,11 +82,6 @@ class LayoutOfTable(Layout):
             )
         return ""
 
-    def kind(self, module: AdapterModule, name: str) -> str:
-        """Return what PEFT takes it for."""
-        del name
-        return module.kind
-
     def swaps(self, stored: str, *, transposed: bool, stack: bool) -> bool:
         """Tell whether PEFT takes its inputs for outputs."""
         del stored

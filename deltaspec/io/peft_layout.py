@@ -55,10 +55,6 @@ class Layout(ABC):
         """Say why factors of a module would not act as a change of its weight; "" if they do."""
 
     @abstractmethod
-    def kind(self, module: AdapterModule, name: str) -> str:
-        """Return what the module at ``name`` of the model is to PEFT: linear, conv1d, conv, embedding or stack."""
-
-    @abstractmethod
     def swaps(self, stored: str, *, transposed: bool, stack: bool) -> bool:
         """Tell whether PEFT takes the inputs of a matrix for its outputs.
 
@@ -71,6 +67,11 @@ class Layout(ABC):
         stack : bool
             Whether it is one of a stack.
         """
+
+    def kind(self, module: AdapterModule, name: str) -> str:
+        """Return what the module at ``name`` of the model is to PEFT: linear, conv1d, conv, embedding or stack."""
+        del name
+        return module.kind
 
     def parameters(self) -> Collection[str]:
         """List the model's parameters and buffers by their full names, as far as they are known."""
